@@ -1,0 +1,1 @@
+"""Adapter formats, their registry and their training."""
