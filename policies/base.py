@@ -23,7 +23,12 @@ class Slo(Strict):
 
 
 class Objective(Strict):
-    """Weights of what is maximised: quality, less cost, latency, size and age, each scaled to [0, 1]."""
+    """Weights of what is maximised: quality, less cost, latency, size and age (Tryage's lambdas).
+
+    The penalties are scaled to [0, 1] over the pool. Quality is counted in units of the router's `spread`, the
+    typical gap between the best and the worst expert of a prompt, so that equal weights mean an equal say:
+    with `quality: 1, cost: 1` the dearest expert must be better by one typical gap than a free one.
+    """
 
     quality: float = Field(1.0, ge=0, description="weight of the predicted quality")
     cost: float = Field(0.0, ge=0, description="weight of the cost, as a share of the dearest expert's")
@@ -119,7 +124,8 @@ class NoCandidate(Exception):
 
     def __init__(self, ratings: list[Rating]) -> None:
         reasons = "; ".join(
-            f"{r.expert}: " + ", ".join(f"{s.constraint} {s.value} > {s.limit}" for s in r.strikes) for r in ratings
+            f"{r.expert}: " + ", ".join(f"{s.constraint} (limit {s.limit}, predicted {s.value})" for s in r.strikes)
+            for r in ratings
         )
         super().__init__(f"no expert satisfies the policy ({reasons or 'the pool is empty'})")
         self.ratings = ratings
