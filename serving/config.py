@@ -1,0 +1,263 @@
+"""The configuration: one YAML file, checked strictly and before anything is started.
+
+Every problem is reported at once, one a line, with its file, line, key and the nearest right key. Environment
+variables override single values: `SIGNALBOX__STORE__URL=redis://10.0.0.5/0` sets `store.url`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from signalbox.experts.catalog import ExpertConfig, Strict, TransformersExpert, matches
+from signalbox.policies.base import Policy
+from signalbox.serving.config_source import (
+    ConfigError,
+    Problem,
+    apply_overrides,
+    describe,
+    nearest,
+    read_yaml,
+)
+
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "ConfigError",
+    "RouterConfig",
+    "ServerConfig",
+    "StoreConfig",
+    "load_config",
+    "missing_environment",
+]
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_NAMES = 256  # bounds every map and every label set that is keyed by a configured name
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "a name has letters, digits, '.', '_' and '-', starts with a letter or digit, and is 64 characters at most"
+        )
+    if name.lower() == "auto":
+        raise ValueError("'auto' is the name that asks the router to choose; call this one something else")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class ServerConfig(Strict):
+    """Where the service listens and what it accepts."""
+
+    host: str = Field("127.0.0.1", description="address to bind; beyond loopback only together with api_key_env")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
+    gateways: int = Field(1, ge=1, le=64, description="gateway processes")
+    api_key_env: str | None = Field(
+        None,
+        min_length=1,
+        description="environment variable with the key that clients must send, as bearer token or `x-api-key`",
+    )
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=1 << 30, description="largest request body, bytes")
+
+    @field_validator("host")
+    @classmethod
+    def _address(cls, host: str) -> str:
+        try:
+            return str(ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host))
+        except ValueError:
+            raise ValueError("must be an IPv4 address such as 127.0.0.1") from None
+
+    @model_validator(mode="after")
+    def _no_open_door(self) -> ServerConfig:
+        if not ipaddress.IPv4Address(self.host).is_loopback and not self.api_key_env:
+            raise ValueError(f"host {self.host} is reachable from outside this machine: set api_key_env as well")
+        return self
+
+
+class StoreConfig(Strict):
+    """Where shared state lives: an embedded Valkey, or any Redis-compatible server."""
+
+    url: str = Field("embedded", repr=False, description="`embedded`, or redis://, rediss:// or unix:// address")
+    data_dir: Path | None = Field(None, description="folder where the embedded Valkey persists; default: memory only")
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:  # the message never repeats the address: it may hold a password
+        if url != "embedded" and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must be 'embedded' or start with redis://, rediss:// or unix://")
+        return url
+
+    @model_validator(mode="after")
+    def _data_dir_is_ours(self) -> StoreConfig:
+        if self.data_dir is not None and self.url != "embedded":
+            raise ValueError("data_dir is for url: embedded; another server keeps its data itself")
+        return self
+
+
+class CacheConfig(Strict):
+    """The cache of finished answers. Whether a request uses it is said by its policy and by the request."""
+
+    ttl_s: float = Field(3600.0, ge=1, description="seconds that an answer is kept where the request says nothing")
+    max_ttl_s: float = Field(7 * 86400.0, ge=1, description="most seconds that a request may ask for")
+    max_entry_bytes: int = Field(256 * 1024, ge=1024, description="longer answers are not kept, bytes")
+    max_memory_mib: int = Field(256, ge=16, description="memory of the embedded Valkey, MiB; oldest answers go first")
+
+
+class RouterConfig(Strict):
+    """A trained router."""
+
+    kind: str = Field(description="which predictor it is, e.g. tryage")
+    artifact: Path = Field(description="folder with router.json and router.safetensors")
+
+
+class Config(Strict):
+    """The whole configuration file."""
+
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig(), description="where the service listens")
+    store: StoreConfig = Field(default_factory=lambda: StoreConfig(), description="where shared state lives")
+    experts: dict[Name, ExpertConfig] = Field(min_length=1, max_length=_MAX_NAMES, description="the pool, by name")
+    routers: dict[Name, RouterConfig] = Field(
+        default_factory=dict, max_length=_MAX_NAMES, description="trained routers, by name"
+    )
+    policies: dict[Name, Policy] = Field(
+        default_factory=dict, max_length=_MAX_NAMES, description="SLAs, asked for as `auto:NAME`"
+    )
+    default_router: str = Field("default", description="the router that `auto` asks")
+    default_policy: str | None = Field(None, description="the policy of plain `auto`; none: highest predicted quality")
+    cache: CacheConfig = Field(default_factory=lambda: CacheConfig(), description="the cache of finished answers")
+
+
+def load_config(
+    path: str | Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    check_artifacts: bool = False,
+) -> Config:
+    """Read, override and check the configuration file; relative paths in it start at its folder.
+
+    `environment` (default: this process's) may hold `SIGNALBOX__...` overrides. `on_warning` takes what is odd
+    but usable (default: the log). `check_artifacts` asks that the routers have been trained, which is so before
+    serving but not before `signalbox router collect`. Raises `ConfigError` with every problem found.
+    """
+    path = Path(path)
+    source = read_yaml(path)
+    problems = apply_overrides(Config, source, os.environ if environment is None else environment)
+    try:
+        config = Config.model_validate(source.data)
+    except ValidationError as error:
+        problems += [describe(Config, source, item) for item in error.errors(include_url=False)]
+        raise ConfigError(source.messages(problems)) from None
+    config = _with_absolute_paths(config, path.resolve().parent)
+    problems += _problems(config)
+    if check_artifacts:
+        problems += _artifact_problems(config)
+    if problems:
+        raise ConfigError(source.messages(problems))
+    for warning in source.messages(_warnings(config)):
+        (on_warning or log.warning)(warning)
+    return config
+
+
+def missing_environment(config: Config) -> list[str]:
+    """Names of environment variables that the configuration counts on and that are not set (or empty)."""
+    names = [config.server.api_key_env, *(getattr(e, "api_key_env", None) for e in config.experts.values())]
+    return sorted({name for name in names if name and not os.environ.get(name)})
+
+
+def is_local(model: str) -> bool:
+    """Whether a model reference is a path on this machine."""
+    return not model.startswith(("pypi:", "hf:"))
+
+
+def _with_absolute_paths(config: Config, folder: Path) -> Config:
+    def absolute(path: str | Path) -> Path:
+        return Path(os.path.normpath(folder / Path(path).expanduser()))
+
+    experts = {
+        name: expert.model_copy(update={"model": str(absolute(expert.model))})
+        if isinstance(expert, TransformersExpert) and is_local(expert.model)
+        else expert
+        for name, expert in config.experts.items()
+    }
+    routers = {
+        name: router.model_copy(update={"artifact": absolute(router.artifact)})
+        for name, router in config.routers.items()
+    }
+    store = config.store
+    if store.data_dir is not None:
+        store = store.model_copy(update={"data_dir": absolute(store.data_dir)})
+    return config.model_copy(update={"experts": experts, "routers": routers, "store": store})
+
+
+def _problems(config: Config) -> list[Problem]:
+    """What only the whole can tell: references between sections, and files that must be there."""
+    found: list[Problem] = []
+    if not any(expert.routable for expert in config.experts.values()):
+        found.append(Problem(("experts",), "no expert is routable, so `auto` has nothing to choose from"))
+    for name, expert in config.experts.items():
+        if isinstance(expert, TransformersExpert) and is_local(expert.model) and not Path(expert.model).exists():
+            found.append(
+                Problem(
+                    ("experts", name, "model"),
+                    f"there is no such file or folder ({expert.model}); "
+                    "a model is `pypi:PACKAGE`, `hf:ORG/NAME` or a path",
+                )
+            )
+    if config.default_policy is not None and config.default_policy not in config.policies:
+        found.append(Problem(("default_policy",), _unknown("policy", config.default_policy, config.policies)))
+    named_or_needed = config.routers or "default_router" in config.model_fields_set
+    if named_or_needed and config.default_router not in config.routers:
+        found.append(Problem(("default_router",), _unknown("router", config.default_router, config.routers)))
+    return found
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    return f"there is no {what} '{name}'; {nearest(name, list(known)) if known else f'no {what} is declared'}"
+
+
+def _artifact_problems(config: Config) -> list[Problem]:
+    """Artifacts that cannot be used, as far as their cover sheets tell; tensors are checked when they are loaded."""
+    found = []
+    for name, router in config.routers.items():
+        sheet = router.artifact / "router.json"
+        try:
+            kind = json.loads(sheet.read_text())["kind"]
+        except FileNotFoundError:
+            text = (
+                f"there is no router in {router.artifact}; `make router-quickstart` or `signalbox router train` does it"
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            text = f"{sheet} cannot be read as a router's description"
+        else:
+            if kind == router.kind:
+                continue
+            text = f"the router in {router.artifact} is of kind '{kind}', not '{router.kind}'"
+        found.append(Problem(("routers", name, "artifact"), text))
+    return found
+
+
+def _warnings(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    if not config.routers:
+        found.append(Problem(("routers",), "no router is declared: `auto` goes by price and latency alone"))
+    found += [
+        Problem(("policies", name, key), f"'{glob}' fits none of the experts")
+        for name, policy in config.policies.items()
+        for key in ("allowed", "denied")
+        for glob in getattr(policy, key)
+        if not any(matches(expert, [glob]) for expert in config.experts)
+    ]
+    return found
