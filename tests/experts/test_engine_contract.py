@@ -1,0 +1,298 @@
+"""What every local engine must do. The transformers engine runs it here, on tiny models of two families."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from signalbox.experts.base import (
+    Chunk,
+    ContextLengthExceeded,
+    ExpertError,
+    ExpertUnavailable,
+    GenerateRequest,
+    InvalidRequest,
+    QueueFull,
+    SamplingParams,
+    Unsupported,
+)
+from signalbox.experts.catalog import TransformersExpert
+from signalbox.experts.transformers_engine import TransformersEngine
+from tests.tiny_models import save_tiny
+
+PROMPTS = [
+    "the fox",
+    "one two three",
+    "a signal box sets the points and each train runs on the line that was set for it",
+    "Ünïcödé ☃ and 数字",
+    "x",
+    "seven six five four three two one and then the fox came to the signal box again and again and again",
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), request.param)
+
+
+def config_for(folder: Path, **changes: object) -> TransformersExpert:
+    settings = {"engine": "transformers", "model": str(folder), "dtype": "float32", "threads": 1, "max_running": 4}
+    return TransformersExpert(**(settings | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
+    engine = TransformersEngine("tiny", config_for(folder))
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+def ask(prompt: str = "the fox", request_id: str = "r", **sampling: object) -> GenerateRequest:
+    settings: dict[str, object] = {"temperature": 0.0, "max_tokens": 12} | sampling
+    return GenerateRequest(request_id, prompt=prompt, sampling=SamplingParams(**settings))  # type: ignore[arg-type]
+
+
+async def collect(engine: TransformersEngine, request: GenerateRequest) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+async def text_of(engine: TransformersEngine, request: GenerateRequest) -> str:
+    return "".join(chunk.text for chunk in await collect(engine, request))
+
+
+def tokens_of(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+async def idle(engine: TransformersEngine) -> None:
+    for _ in range(200):
+        state = engine.state()
+        if not state.running and not state.waiting:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"still busy: {engine.state()}")
+
+
+def reference_tokens(folder: Path, prompt: str, count: int) -> list[int]:
+    """Greedy tokens of transformers' own `generate` for one prompt alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+async def test_batched_greedy_tokens_are_those_of_transformers_alone(folder: Path, engine: TransformersEngine) -> None:
+    """Six requests over four rows, joining and leaving at different times, past the sliding window of 16."""
+    requests = [ask(p, f"r{i}", max_tokens=20 + 5 * i, ignore_eos=True) for i, p in enumerate(PROMPTS)]
+
+    async def later(i: int) -> list[Chunk]:
+        await asyncio.sleep(0.005 * i)
+        return await collect(engine, requests[i])
+
+    answers = await asyncio.gather(*(later(i) for i in range(len(requests))))
+    for i, chunks in enumerate(answers):
+        assert tokens_of(chunks) == reference_tokens(folder, PROMPTS[i], 20 + 5 * i), PROMPTS[i]
+    await idle(engine)
+
+
+async def test_a_long_prompt_is_read_in_pieces_with_the_same_result(folder: Path) -> None:
+    prompt = " ".join(PROMPTS[2:6]) * 2
+    engine = TransformersEngine("pieces", config_for(folder, prefill_tokens=16))
+    await engine.start()
+    try:
+        answers = await asyncio.gather(
+            *(collect(engine, ask(p, max_tokens=15, ignore_eos=True)) for p in (prompt, PROMPTS[0], PROMPTS[3]))
+        )
+        for p, chunks in zip((prompt, PROMPTS[0], PROMPTS[3]), answers, strict=True):
+            assert tokens_of(chunks) == reference_tokens(folder, p, 15)
+    finally:
+        await engine.close()
+
+
+async def test_streams_a_chunk_a_token_and_ends_with_usage(engine: TransformersEngine) -> None:
+    chunks = await collect(engine, ask(max_tokens=9, ignore_eos=True))
+    assert len(chunks) == 9 and all(len(c.token_ids) == 1 for c in chunks)
+    assert [c.finish_reason for c in chunks] == [None] * 8 + ["length"]
+    usage = chunks[-1].usage
+    assert usage is not None and usage.completion_tokens == 9 and usage.prompt_tokens > 0
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+async def test_messages_go_through_the_chat_template(folder: Path, engine: TransformersEngine) -> None:
+    messages = [{"role": "user", "content": "the fox"}]
+    chat = GenerateRequest("c", messages=messages, sampling=SamplingParams(temperature=0, max_tokens=8))
+    plain = ask("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n", max_tokens=8)
+    assert tokens_of(await collect(engine, chat)) == tokens_of(await collect(engine, plain))
+
+
+async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: TransformersEngine) -> None:
+    def sampled(seed: int) -> GenerateRequest:
+        return ask("one two", temperature=1.0, top_p=0.95, seed=seed, max_tokens=16, ignore_eos=True)
+
+    alone = tokens_of(await collect(engine, sampled(7)))
+    beside = await asyncio.gather(*(collect(engine, sampled(s)) for s in (7, 8, 9)))
+    assert tokens_of(beside[0]) == alone
+    assert len({tuple(tokens_of(chunks)) for chunks in beside}) == 3
+
+
+async def test_a_stop_string_ends_the_text_before_it(engine: TransformersEngine) -> None:
+    whole = await text_of(engine, ask(max_tokens=30, ignore_eos=True))
+    stop = whole[10:13]
+    at = whole.find(stop)
+    chunks = await collect(engine, ask(max_tokens=30, ignore_eos=True, stop=(stop, "never there")))
+    assert "".join(c.text for c in chunks) == whole[:at]
+    assert chunks[-1].finish_reason == "stop"
+
+
+async def test_logprobs_are_those_of_the_model(folder: Path, engine: TransformersEngine) -> None:
+    chunks = await collect(engine, ask("one two", max_tokens=4, ignore_eos=True, logprobs=3))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer("one two")["input_ids"]
+    for chunk in chunks:
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        (logprob,) = chunk.logprobs
+        assert logprob.logprob == pytest.approx(float(expected.max()), abs=1e-4)
+        assert [t[1] for t in logprob.top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+        ids.append(chunk.token_ids[0])
+
+
+async def test_score_is_the_likelihood_of_the_reference(folder: Path, engine: TransformersEngine) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    references = ["and the fox", "three", "☃"]
+    scores = await asyncio.gather(*(engine.score(ask("one two"), r) for r in references))
+    for reference, score in zip(references, scores, strict=True):
+        prompt, answer = tokenizer("one two")["input_ids"], tokenizer(reference)["input_ids"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        assert score.nll_bits == pytest.approx(float(nats) / 0.693147, rel=1e-4)
+        assert score.reference_bytes == len(reference.encode())
+        assert score.bits_per_byte == pytest.approx(score.nll_bits / len(reference.encode()))
+
+
+async def test_closing_the_stream_frees_the_row_at_once(engine: TransformersEngine) -> None:
+    streams = [engine.generate(ask(max_tokens=400, ignore_eos=True)) for _ in range(4)]
+    for stream in streams:
+        await anext(stream)
+    assert engine.state().running == 4
+    await streams[1].aclose()
+    for _ in range(100):
+        if engine.state().running == 3:
+            break
+        await asyncio.sleep(0.005)
+    assert engine.state().running == 3
+    assert len(await collect(engine, ask(max_tokens=5, ignore_eos=True))) == 5
+    for stream in streams:
+        await stream.aclose()
+    await idle(engine)
+
+
+async def test_a_cancelled_task_frees_its_row(engine: TransformersEngine) -> None:
+    task = asyncio.create_task(collect(engine, ask(max_tokens=400, ignore_eos=True)))
+    while not engine.state().running:
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await idle(engine)
+
+
+async def test_queue_is_bounded(folder: Path) -> None:
+    engine = TransformersEngine("narrow", config_for(folder, max_running=1, max_waiting=2))
+    await engine.start()
+    try:
+        tasks = [asyncio.create_task(collect(engine, ask(max_tokens=100, ignore_eos=True))) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(QueueFull, match="full"):
+            await collect(engine, ask())
+        assert all(len(chunks) == 100 for chunks in await asyncio.gather(*tasks))
+        assert await collect(engine, ask())
+    finally:
+        await engine.close()
+
+
+async def test_memory_budget_bounds_the_cache(folder: Path) -> None:
+    engine = TransformersEngine("small", config_for(folder, kv_cache_mib=1, max_running=64))
+    await engine.start()
+    try:
+        cache = engine.runner.cache
+        answers = await asyncio.gather(
+            *(collect(engine, ask(f"{i} two", max_tokens=180, ignore_eos=True)) for i in range(20))
+        )
+        assert all(len(chunks) == 180 for chunks in answers)
+        assert 0 < cache.nbytes <= 2**20
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (ask("x " * 600), ContextLengthExceeded, "shorten the prompt"),
+        (ask("x", max_tokens=100_000), ContextLengthExceeded, "lower max_tokens"),
+        (ask(""), InvalidRequest, "prompt is empty"),
+        (GenerateRequest("i", prompt_token_ids=[1, 99_999]), InvalidRequest, "token 99999"),
+        (ask(logit_bias={5000: 1.0}), InvalidRequest, "token 5000"),
+        (GenerateRequest("a", prompt="x", adapter="none"), Unsupported, "no adapter 'none'"),
+        (GenerateRequest("t", prompt="x", extra={"tools": []}), Unsupported, "tools"),
+    ],
+)
+async def test_bad_requests_are_refused_with_a_reason(
+    engine: TransformersEngine, request_: GenerateRequest, error: type[ExpertError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        await collect(engine, request_)
+    assert 400 <= caught.value.status < 500
+    assert await text_of(engine, ask()) == await text_of(engine, ask())
+
+
+async def test_a_fault_costs_one_request(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An injected fault: the model fails whenever a certain token is in the batch."""
+    prompts = ["the fox", "one two three", "POISON ☃", "a signal box"]
+    requests = [ask(p, max_tokens=10, ignore_eos=True) for p in prompts]
+    expected = [tokens_of(await collect(engine, r)) for r in requests]
+    poison = engine.runner.encode("☃")[-1]
+    real = engine.runner.forward
+
+    def forward(batch, keep):  # type: ignore[no-untyped-def]
+        if bool((batch.token_ids == poison).any()):
+            raise RuntimeError("injected")
+        return real(batch, keep)
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    answers = await asyncio.gather(*(collect(engine, r) for r in requests), return_exceptions=True)
+    assert isinstance(answers[2], ExpertError) and "injected" in answers[2].message
+    for i in (0, 1, 3):
+        chunks = answers[i]
+        assert not isinstance(chunks, BaseException), chunks
+        assert tokens_of(chunks) == expected[i]
+    await idle(engine)
+
+
+async def test_closed_engine_says_so(folder: Path) -> None:
+    engine = TransformersEngine("gone", config_for(folder))
+    with pytest.raises(ExpertUnavailable, match="not running"):
+        await collect(engine, ask())
+    await engine.start()
+    stream = engine.generate(ask(max_tokens=400, ignore_eos=True))
+    await anext(stream)
+    await engine.close()
+    with pytest.raises(ExpertUnavailable, match="shut down"):
+        async for _ in stream:
+            pass
+
+
+async def test_a_model_that_cannot_load_is_a_readable_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ExpertUnavailable):
+        await TransformersEngine("broken", config_for(tmp_path)).start()
