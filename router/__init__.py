@@ -1,1 +1,5 @@
-"""router."""
+"""Predict."""
+
+from signalbox.router.base import Prediction, Predictor, Prompt, quality_of_loss
+
+__all__ = ["Prediction", "Predictor", "Prompt", "quality_of_loss"]

@@ -1,0 +1,118 @@
+"""Training a router from a table: pool, split by hash, fit, artifact."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from signalbox.router.artifact import Trainable, predictor_class, save_artifact
+from signalbox.router.encoder import Encoder
+from signalbox.router.table import Table, TableError
+
+HOLDOUT = 0.2
+# Rows kept for the kNN line of a later `eval` (about 1 kB each with 10 experts).
+MAX_NEIGHBOURS = 16384
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A router and the rows that it was trained on and not trained on, complete and restricted to the pool."""
+
+    predictor: Trainable
+    training: Table
+    held_out: Table
+    figures: dict[str, Any]
+
+
+def train(
+    table: Table,
+    encoder: Encoder,
+    *,
+    kind: str = "tryage",
+    pool: Sequence[str] | None = None,
+    holdout: float = HOLDOUT,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Trained:
+    """Fit a router of `kind` on the rows that the split does not hold out.
+
+    Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays
+    on one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it
+    goes. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such kind).
+    """
+    if not 0.0 <= holdout < 1.0:
+        raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
+    cls = predictor_class(kind)
+    complete = table.pool(pool).complete()
+    if not len(complete):
+        raise TableError("no row has a measurement of every expert of the pool")
+    held = complete.held_out(holdout)
+    held_prompts = {p for p, h in zip(complete.prompt, held, strict=True) if h}
+    kept = np.array([p not in held_prompts for p in complete.prompt])
+    training, held_out = complete.rows(kept & ~held), complete.rows(held)
+    predictor = cls.fit(training, encoder, seed=seed, report=report)
+    figures = {
+        "table_sha256": table.sha256,
+        "table_rows": len(table),
+        "incomplete_rows": len(table) - len(complete),
+        "training_rows": len(training),
+        "held_out_rows": len(held_out),
+        "holdout": holdout,
+        "seed": seed,
+        "majority": training.models[majority(training)],
+        "best_single": training.models[int(training.score.mean(axis=0).argmax())],
+        "best_of_task": best_of_task(training),
+    }
+    return Trained(predictor, training, held_out, figures)
+
+
+def save(trained: Trained, path: str | Path, *, neighbours: bool = True) -> None:
+    """Write the artifact directory.
+
+    It holds the hashes of the training prompts, so that `evaluate` can leave those out of any table; and, unless
+    `neighbours` is False, embeddings and scores of the training rows, with which it can tell what kNN would reach.
+    """
+    artifact = trained.predictor.to_artifact()
+    seen = np.unique(np.array([prompt_hash(p) for p in trained.training.prompt], dtype=np.int64))
+    artifact = replace(
+        artifact,
+        tensors={**artifact.tensors, "seen": seen},
+        training={**artifact.training, **trained.figures},
+    )
+    save_artifact(artifact, path, neighbours=neighbours_of(trained) if neighbours else None)
+
+
+def neighbours_of(trained: Trained) -> dict[str, NDArray[Any]]:
+    """`embeddings` float16 [n, d] and `scores` float32 [n, E] of the training rows, `MAX_NEIGHBOURS` at most."""
+    rows = trained.training
+    if len(rows) > MAX_NEIGHBOURS:
+        rows = rows.rows(np.random.default_rng(0).permutation(len(rows))[:MAX_NEIGHBOURS])
+    embeddings = trained.predictor.encoder.encode(rows.prompt)
+    return {"embeddings": embeddings.astype(np.float16), "scores": rows.score.astype(np.float32)}
+
+
+def prompt_hash(prompt: str) -> int:
+    """64-bit hash (signed), blind to case and outer white space."""
+    digest = hashlib.blake2b(prompt.strip().lower().encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def majority(rows: Table) -> int:
+    """The expert that is most often optimal; ties on a prompt are shared."""
+    top = rows.score >= rows.score.max(axis=1, keepdims=True) - 1e-9
+    return int((top / top.sum(axis=1, keepdims=True)).sum(axis=0).argmax())
+
+
+def best_of_task(rows: Table) -> dict[str, str]:
+    """The expert with the best mean score on each task: what a router that was told the task would choose."""
+    tasks = np.array(rows.task)
+    named = sorted(set(rows.task) - {""})
+    return {task: rows.models[int(rows.score[tasks == task].mean(axis=0).argmax())] for task in named}

