@@ -1,0 +1,393 @@
+"""From a checked request to a running answer: who may answer, who shall, what is cached, and what if they fail.
+
+The exact cache is read in two steps, so that a repeated `auto` request spends no time on the predictor and an
+answer is kept once however it was asked for. `decision:<key>`, by policy and request, says which expert was chosen;
+`cache:<key>`, by expert and request, holds its answer. A request that names the expert needs the second alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from signalbox.experts.base import Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
+from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, matches
+from signalbox.policies.base import Decision, NoCandidate, Policy, Rating, RequestShape
+from signalbox.policies.decide import decide
+from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
+from signalbox.serving.cache import CachedAnswer, ResponseCache
+from signalbox.serving.config import Config
+from signalbox.serving.expert_deployment import ExpertClient
+from signalbox.serving.live_state import LiveState
+from signalbox.serving.options import Options, parse_options, take_flags
+from signalbox.serving.protocols.openai import Call
+from signalbox.serving.protocols.openai_replies import AnswerBuilder
+from signalbox.serving.routing import Routing
+from signalbox.serving.store import Store, StoreUnavailable
+from signalbox.serving.streams import Batch, close, merged, resume, single
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
+
+# A policy broken by these alone may be kept a moment later.
+_TRANSIENT = frozenset({"available", "max_ttft_ms", "max_tpot_ms", "max_total_ms"})
+
+CacheVerdict = Literal["hit", "miss", "bypass"]
+
+
+@dataclass(slots=True)
+class Plan:
+    """Who is to answer, and why. `order` has the chosen expert first, then whom to try when it fails.
+
+    `decision`, `flags` are of `auto` requests only. `call` is the request as the experts are to see it.
+    """
+
+    call: Call
+    order: list[str]
+    router: str
+    policy: str
+    confidence: float | None = None
+    decision: Decision | None = None
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Run:
+    """One request being answered: iterate for batches of chunks, then `settle`; close it whatever happens.
+
+    `builder` has gathered all that came through. Times are of `time.perf_counter`, in seconds.
+    """
+
+    plan: Plan
+    expert: str
+    cache: CacheVerdict
+    attempts: int
+    began: float
+    hop: float
+    batches: AsyncIterator[Batch]
+    builder: AnswerBuilder
+    keep: _Keep | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Batch]:
+        keep = self.keep
+        async for index, chunks in self.batches:
+            self.builder.add(index, chunks)
+            if keep is not None:
+                keep.choices[index].extend(chunks)
+            yield index, chunks
+
+    async def aclose(self) -> None:
+        """Stop the expert if it still generates."""
+        await close(self.batches)
+
+
+@dataclass(slots=True)
+class _Keep:
+    """An answer on its way into the cache."""
+
+    namespace: str
+    ttl_s: float | None
+    choices: list[list[Chunk]]
+    decision_key: str | None
+
+
+class Dispatcher:
+    """Resolves, decides, runs. One a gateway process."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        experts: Mapping[str, ExpertClient],
+        live: LiveState,
+        routing: Routing,
+        store: Store,
+    ) -> None:
+        self._config = config
+        self._experts = experts
+        self._live = live
+        self._routing = routing
+        self._store = store
+        self._cache = ResponseCache(store, config.cache)
+        self._versions = {name: _version_of_expert(expert) for name, expert in config.experts.items()}
+        self._pool_version = _version_of_pool(config, routing.version)
+
+    # -- who may be asked for ----------------------------------------------------------------------------------
+
+    def model_names(self) -> list[str]:
+        """Everything that `model` may be."""
+        return [AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies), *self._config.experts]
+
+    def policy_of(self, model: str) -> tuple[str, Policy] | None:
+        """Name and content of the policy that an `auto` model asks for; None where `model` names an expert.
+
+        Raises `InvalidRequest` with status 404 where there is no such model.
+        """
+        if model in self._config.experts:
+            return None
+        head, colon, name = model.partition(":")
+        if head == AUTO and not colon:
+            default = self._config.default_policy
+            return (default, self._config.policies[default]) if default else ("default", Policy())
+        if head == AUTO and name in self._config.policies:
+            return name, self._config.policies[name]
+        raise InvalidRequest(
+            f"there is no model '{model}'; there are: {', '.join(self.model_names())}",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+
+    # -- the decision ------------------------------------------------------------------------------------------
+
+    async def plan(self, call: Call, *, slo_ttft_ms: float | None = None) -> Plan:
+        """Decide who answers, without asking anyone. Raises `InvalidRequest`, or `ExpertUnavailable` (503)."""
+        return await self._plan(call, parse_options(call.options), slo_ttft_ms)
+
+    async def _plan(self, call: Call, options: Options, slo_ttft_ms: float | None) -> Plan:
+        for name in options.fallbacks or ():
+            if name not in self._config.experts:
+                raise InvalidRequest(
+                    f"'signalbox.fallbacks' names '{name[:64]}', which is no expert; "
+                    f"there are: {', '.join(self._config.experts)}",
+                    param="signalbox.fallbacks",
+                )
+        asked = self.policy_of(call.model)
+        if asked is None:
+            order = list(dict.fromkeys([call.model, *(options.fallbacks or ())]))
+            return Plan(call, order, router="none", policy="none")
+        name, policy = asked
+        policy = self._tighten(policy, options, slo_ttft_ms, call)
+        call, prompts, flags = take_flags(call)
+        scores = await self._routing.predict(prompts)
+        objective = policy.objective
+        if options.cost_quality_tradeoff is not None:
+            objective = objective_of_tradeoff(options.cost_quality_tradeoff)
+        if flags:
+            objective = objective_of_flags(flags, objective)
+        answer_tokens = call.sampling.max_tokens or ANSWER_TOKENS
+        try:
+            decision = decide(
+                scores.quality,
+                self._live.candidates(),
+                RequestShape(call.prompt_bytes(), answer_tokens, call.sampling.max_tokens),
+                policy,
+                spread=scores.spread,
+                objective=objective,
+                policy_name=name,
+            )
+        except NoCandidate as error:
+            raise _no_candidate(error, name) from error
+        fallbacks = decision.fallbacks if options.fallbacks is None else options.fallbacks
+        order = list(dict.fromkeys([decision.expert, *fallbacks]))
+        return Plan(call, order, scores.router, name, decision.confidence, decision, flags)
+
+    def _tighten(self, policy: Policy, options: Options, slo_ttft_ms: float | None, call: Call) -> Policy:
+        """The policy with the caller's ceiling and globs, and with the experts that understand the request."""
+        updates: dict[str, Any] = {}
+        if slo_ttft_ms is not None:
+            ceiling = min(slo_ttft_ms, policy.slo.max_ttft_ms or slo_ttft_ms)
+            updates["slo"] = policy.slo.model_copy(update={"max_ttft_ms": ceiling})
+        names = [name for name, expert in self._config.experts.items() if expert.routable]
+        if options.allowed is not None:
+            names = [name for name in names if matches(name, options.allowed)]
+        if call.remote_only:
+            able = [name for name in names if _remote(self._config.experts[name])]
+            if not able:
+                raise Unsupported(
+                    f"'{call.remote_only[0]}' needs an expert with `engine: openai`, and the router may choose none",
+                    param=call.remote_only[0],
+                )
+            names = able
+        if options.allowed is not None or call.remote_only:
+            updates["allowed"] = tuple(name for name in names if matches(name, policy.allowed))
+        return policy.model_copy(update=updates) if updates else policy
+
+    # -- the answer --------------------------------------------------------------------------------------------
+
+    async def open(self, call: Call, reply_id: str, began: float, *, slo_ttft_ms: float | None = None) -> Run:
+        """Start answering: from the cache, or by the first expert that gives a first token.
+
+        A retryable error before anything has been handed on moves on to the next expert: for a stream until its
+        first token, for a whole answer until its last. Raises the last `ExpertError` where none can answer.
+        """
+        options = parse_options(call.options)
+        asked = self.policy_of(call.model)
+        cached = options.cache.mode == "exact" and call.sampling.temperature == 0
+        cached = cached and (asked is None or asked[1].cache == "exact")
+        keep: _Keep | None = None
+        plan: Plan | None = None
+        if cached:
+            keep = _Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
+            if asked is not None:
+                keep.decision_key = self._decision_key(call, options, slo_ttft_ms, *asked)
+                plan = await self._remembered(keep.decision_key, call, asked[0])
+        fresh = plan is None
+        plan = plan or await self._plan(call, options, slo_ttft_ms)
+        if keep is not None:
+            answer = await self._cache.get(self._answer_key(plan.order[0], plan.call, keep.namespace))
+            if answer is not None and len(answer.choices) == call.choices:
+                if fresh:
+                    await self._remember(keep, plan, plan.order[0])
+                return self._replay(answer, plan, began)
+            if not fresh:  # the answer is gone: who should give it is decided anew
+                plan = await self._plan(call, options, slo_ttft_ms)
+        return await self._execute(plan, reply_id, began, keep)
+
+    async def _execute(self, plan: Plan, reply_id: str, began: float, keep: _Keep | None) -> Run:
+        call = plan.call
+        hop = time.perf_counter()
+        failure: ExpertError | None = None
+        for attempt, name in enumerate(plan.order, 1):
+            batches: AsyncIterator[Batch] | None = None
+            try:
+                batches = self._ask(name, call, f"{reply_id}.{attempt}" if attempt > 1 else reply_id)
+                # A stream is committed to its expert by its first batch; a whole answer only by its last.
+                held = [await anext(batches)] if call.stream else [batch async for batch in batches]
+            except ExpertError as error:
+                await close(batches)
+                failure = error
+                if not error.retryable:
+                    break
+                if attempt < len(plan.order):
+                    log.warning("%s: expert %s failed (%s), trying %s", reply_id, name, error, plan.order[attempt])
+                continue
+            except BaseException:
+                await close(batches)
+                raise
+            if keep is not None:
+                keep.choices = [[] for _ in range(call.choices)]
+            return Run(
+                plan=plan,
+                expert=name,
+                cache="bypass" if keep is None else "miss",
+                attempts=attempt,
+                began=began,
+                hop=hop,
+                batches=resume(held, batches),
+                builder=AnswerBuilder(call.choices, call.n),
+                keep=keep,
+            )
+        raise failure or ExpertUnavailable("no expert could be asked")
+
+    def _ask(self, name: str, call: Call, reply_id: str) -> AsyncIterator[Batch]:
+        """Start all choices on one expert. Raises `ExpertUnavailable` at once where it is known not to be ready."""
+        state = self._live.expert(name)
+        if not state.ready:
+            raise ExpertUnavailable(f"expert '{name}' is not ready: {state.reason}")
+        client = self._experts[name]
+        requests = call.requests(reply_id, remote=_remote(self._config.experts[name]))
+        streams = [client.generate(request) for request in requests]
+        return single(streams[0]) if len(streams) == 1 else merged(streams)
+
+    # -- the cache ---------------------------------------------------------------------------------------------
+
+    async def settle(self, run: Run) -> None:
+        """Keep the finished answer of a run that came to its proper end. Call once."""
+        if run.keep is None or not run.builder.complete:
+            return
+        answer = CachedAnswer(run.expert, tuple(tuple(chunks) for chunks in run.keep.choices))
+        key = self._answer_key(run.expert, run.plan.call, run.keep.namespace)
+        if await self._cache.put(key, answer, run.keep.ttl_s):
+            await self._remember(run.keep, run.plan, run.expert)
+
+    def _replay(self, answer: CachedAnswer, plan: Plan, began: float) -> Run:
+        call = plan.call
+        batches = [(i, list(chunks)) for i, chunks in enumerate(answer.choices)]
+        builder = AnswerBuilder(call.choices, call.n)
+        return Run(plan, answer.expert, "hit", 0, began, time.perf_counter(), resume(batches), builder)
+
+    def _answer_key(self, expert: str, call: Call, namespace: str) -> str:
+        version = self._versions[expert] + self._live.expert(expert).fingerprint
+        return self._cache.key(call.kind, expert, call.identity(), version=version, namespace=namespace)
+
+    def _decision_key(self, call: Call, options: Options, slo_ttft_ms: float | None, name: str, policy: Policy) -> str:
+        knobs = [options.cost_quality_tradeoff, options.allowed, slo_ttft_ms]
+        body = call.identity() | {"knobs": knobs}
+        return self._cache.key(
+            call.kind, f"{AUTO}:{name}", body, version=self._pool_version, namespace=options.cache.namespace
+        )
+
+    async def _remembered(self, key: str, call: Call, policy: str) -> Plan | None:
+        """The decision made earlier for this very request."""
+        try:
+            data = await self._store.get(f"decision:{key}")
+            if data is None:
+                return None
+            expert, router, confidence = orjson.loads(data)
+        except (StoreUnavailable, ValueError):
+            return None
+        if expert not in self._config.experts:
+            return None
+        call, _, flags = take_flags(call)
+        return Plan(call, [expert], router, policy, confidence, flags=flags)
+
+    async def _remember(self, keep: _Keep, plan: Plan, expert: str) -> None:
+        """Only real predictions, and only when the chosen expert gave the answer, are worth repeating."""
+        if keep.decision_key is None or plan.decision is None or plan.router != self._config.default_router:
+            return
+        if expert != plan.order[0]:
+            return
+        ttl_s = min(keep.ttl_s or self._config.cache.ttl_s, self._config.cache.max_ttl_s)
+        data = orjson.dumps([expert, plan.router, plan.confidence])
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.set(f"decision:{keep.decision_key}", data, ttl_s)
+
+
+def _remote(config: ExpertConfig) -> bool:
+    return isinstance(config, OpenAIExpert)
+
+
+def _version_of_expert(config: ExpertConfig) -> str:
+    """A hash of what in its configuration bears on its answers; what it is said to cost or to be does not."""
+    said = {"price", "latency", "license", "description", "parameters", "released", "routable", "bytes_per_token"}
+    return _hash(config.model_dump(mode="json", exclude=said))
+
+
+def _version_of_pool(config: Config, router: str) -> str:
+    """A hash of what bears on decisions: experts, policies, router."""
+    parts = config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"})
+    return _hash([parts, router])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def _no_candidate(error: NoCandidate, policy: str) -> ExpertError:
+    """Nobody may answer: the request's fault (400) where it stays so, ours (503) where it may pass."""
+    ratings = error.ratings
+    reasons = "; ".join(f"{r.expert}: {', '.join(_reason(r))}" for r in ratings) or "the pool is empty"
+    message = f"no expert can answer under policy '{policy}' ({reasons})"
+    if ratings and all(any(s.constraint == "context_length" for s in r.strikes) for r in ratings):
+        return InvalidRequest(message, param="messages", code="context_length_exceeded")
+    if any(all(s.constraint in _TRANSIENT for s in r.strikes) for r in ratings):
+        return ExpertUnavailable(message, code="no_candidate")
+    return InvalidRequest(message, param="model", code="no_candidate")
+
+
+def _reason(rating: Rating) -> Iterator[str]:
+    for strike in rating.strikes:
+        match strike.constraint:
+            case "available":
+                yield "not ready"
+            case "known_to_router":
+                yield "not known to the router"
+            case "allowed" | "denied":
+                yield "not allowed"
+            case constraint:
+                relation = "<" if constraint == "min_quality" else ">"
+                yield f"{constraint} {_figure(strike.value)} {relation} {_figure(strike.limit)}"
+
+
+def _figure(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

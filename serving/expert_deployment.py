@@ -1,0 +1,344 @@
+"""The hop between gateway and expert: `ExpertDeployment`, a Serve deployment around one `Engine`, and `ExpertClient`.
+
+Answers cross the hop as lists of chunks: all that is ready goes in one message, so that a busy expert sends few
+large messages rather than one for each token. An `ExpertError` crosses it as an item like any other, the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, cast
+
+from signalbox.experts.base import (
+    Chunk,
+    Engine,
+    EngineState,
+    ExpertError,
+    ExpertUnavailable,
+    GenerateRequest,
+    QueueFull,
+)
+from signalbox.experts.base import Score as ExpertScore
+from signalbox.experts.catalog import ExpertConfig, TransformersExpert
+from signalbox.serving import live_state
+from signalbox.serving.live_state import ReplicaState
+from signalbox.serving.store import Store, StoreUnavailable
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S, LAST_RETRY_S = 2.0, 60.0  # between attempts to start an engine that did not
+CLOSE_S = 5.0  # that a replica has to end its requests when it is stopped
+
+
+class ExpertDeployment:
+    """One replica of an expert. It is reachable at once and says why while its engine is not ready.
+
+    Serve gives a deployment up whose constructor raises, and the application with it. So the engine starts in the
+    background, is tried again with growing pauses, and requests meanwhile get `ExpertUnavailable` with the reason:
+    one expert that cannot start never keeps the others from serving.
+    """
+
+    def __init__(self, name: str, config: ExpertConfig, store_url: str) -> None:
+        self._name, self._config = name, config
+        self._engine: Engine | None = None
+        self._reason = "starting"
+        self._running: dict[str, asyncio.Task[ExpertError | None]] = {}
+        self._facts: dict[str, Any] = {}
+        self._density = _Density()
+        self._published = 0
+        self._store = Store(store_url)
+        self._rank = _replica_rank()
+        self._tasks = [asyncio.create_task(self._start_engine()), asyncio.create_task(self._keep_publishing())]
+        # Serve calls this before it ends the replica. On the class, garbage collection would call it again.
+        self.__del__ = self.close
+
+    # -- what gateways call ------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Chunk] | ExpertError]:
+        """Answer one request: lists of chunks as they become ready; an `ExpertError`, if any, is the last item.
+
+        Closing the iterator (Serve does it when the caller cancels) aborts the generation at once.
+        """
+        if self._engine is None:
+            yield self._unavailable()
+            return
+        ready: list[Chunk] = []
+        news = asyncio.Event()
+        pump = asyncio.create_task(self._pump(self._engine, request, ready, news))
+        pump.add_done_callback(lambda _: news.set())
+        self._running[request.request_id] = pump
+        try:
+            while not pump.done():
+                await news.wait()
+                news.clear()
+                if ready:
+                    chunks, ready[:] = list(ready), []
+                    yield chunks
+            if ready:
+                yield ready
+            error = ExpertError("the request was aborted", code="aborted") if pump.cancelled() else pump.result()
+            if error is not None:
+                yield error
+        finally:
+            self._running.pop(request.request_id, None)
+            pump.cancel()
+
+    async def score(self, request: GenerateRequest, reference: str) -> ExpertScore | ExpertError:
+        """Likelihood of `reference` as the answer; an `ExpertError` is returned, not raised."""
+        if self._engine is None:
+            return self._unavailable()
+        try:
+            return await self._engine.score(request, reference)
+        except ExpertError as error:
+            return error
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop a request; whether it was running here."""
+        pump = self._running.get(request_id)
+        if pump is not None:
+            pump.cancel()
+        return pump is not None
+
+    async def state(self) -> ReplicaState:
+        """Load, speed and facts at this moment."""
+        return self._state()
+
+    # -- what Serve calls --------------------------------------------------------------------------------------
+
+    def check_health(self) -> None:
+        """Raise when a local engine has died, so that Serve replaces the replica.
+
+        A remote expert that is down is not cured by a new replica, and one that never started is tried again here.
+        """
+        if self._engine is None or not isinstance(self._config, TransformersExpert):
+            return
+        if not self._engine.state().healthy:
+            raise RuntimeError(f"the engine of expert {self._name!r} has stopped")
+
+    async def close(self) -> None:
+        """Abort what runs, withdraw the published state and close the engine."""
+        for task in (*self._tasks, *self._running.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._running.values(), return_exceptions=True)
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.hdel(live_state.live_key(self._name), str(self._rank))
+        await self._store.close()
+        engine, self._engine, self._reason = self._engine, None, "stopped"
+        if engine is not None:
+            await engine.close()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    async def _pump(
+        self, engine: Engine, request: GenerateRequest, ready: list[Chunk], news: asyncio.Event
+    ) -> ExpertError | None:
+        """Move chunks from the engine into `ready` as they come; returns the error that ended them, if any."""
+        chunks = engine.generate(request)
+        try:
+            async for chunk in chunks:
+                ready.append(chunk)
+                news.set()
+                if chunk.usage is not None:
+                    self._density.note(request, chunk.usage.prompt_tokens)
+        except ExpertError as error:
+            return error
+        except Exception:
+            log.exception("expert %s failed on request %s", self._name, request.request_id)
+            return ExpertError(f"expert {self._name!r} failed on this request")
+        finally:
+            close = getattr(chunks, "aclose", None)
+            if close is not None:
+                await close()
+        return None
+
+    async def _start_engine(self) -> None:
+        """Build and start the engine, again and again until it starts."""
+        pause = FIRST_RETRY_S
+        while True:
+            engine: Engine | None = None
+            try:
+                engine = await asyncio.to_thread(_build, self._name, self._config)
+                await engine.start()
+                self._facts = await asyncio.to_thread(_facts, engine, self._config)
+            except Exception as error:
+                # An `ExpertUnavailable` says why in its own words; of anything else the log has the traceback.
+                known = isinstance(error, ExpertError)
+                self._reason = error.message if isinstance(error, ExpertError) else f"{type(error).__name__}: {error}"
+                log.error(
+                    "expert %s cannot start, next try in %.0f s: %s",
+                    self._name,
+                    pause,
+                    self._reason,
+                    exc_info=None if known else error,
+                )
+                if engine is not None:
+                    with contextlib.suppress(Exception):
+                        await engine.close()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LAST_RETRY_S)
+            else:
+                self._engine, self._reason = engine, ""
+                await self._publish()
+                log.info("expert %s is ready", self._name)
+                return
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            await self._publish()
+            await asyncio.sleep(live_state.PERIOD_S)
+
+    async def _publish(self) -> None:
+        self._published += 1
+        try:
+            await live_state.publish(self._store, self._name, self._rank, self._state())
+        except StoreUnavailable:
+            pass  # the store logs its loss; gateways go on with what they saw last
+        except Exception:
+            log.exception("the state of expert %s could not be published", self._name)
+
+    def _state(self) -> ReplicaState:
+        engine = self._engine.state() if self._engine else EngineState(healthy=False)
+        return ReplicaState(
+            ready=self._engine is not None and engine.healthy,
+            reason=self._reason if self._engine is None else ("" if engine.healthy else "the engine is not healthy"),
+            engine=engine,
+            **self._facts,
+            bytes_per_token=self._density.bytes_per_token,
+            sequence=self._published,
+        )
+
+    def _unavailable(self) -> ExpertUnavailable:
+        return ExpertUnavailable(f"expert {self._name!r} is not ready: {self._reason}")
+
+
+class _Density:
+    """UTF-8 bytes of prompt for each prompt token, over recent requests (long ones weigh more)."""
+
+    def __init__(self) -> None:
+        self._bytes = self._tokens = 0.0
+
+    def note(self, request: GenerateRequest, prompt_tokens: int) -> None:
+        """Count one finished request; token ids have no bytes and say nothing."""
+        if request.messages is not None:
+            size = sum(len(m["content"].encode()) for m in request.messages if isinstance(m.get("content"), str))
+        else:
+            size = len((request.prompt or "").encode())
+        if size and prompt_tokens:
+            self._bytes = 0.99 * self._bytes + size
+            self._tokens = 0.99 * self._tokens + prompt_tokens
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """None until some hundred tokens have been seen: the chat template outweighs the text of short prompts."""
+        return max(0.5, self._bytes / self._tokens) if self._tokens >= 256 else None
+
+
+def _build(name: str, config: ExpertConfig) -> Engine:
+    """Import and build the engine, which may take seconds: off the event loop."""
+    from signalbox.experts.engines import build_engine
+
+    return build_engine(name, config)
+
+
+def _facts(engine: Engine, config: ExpertConfig) -> dict[str, Any]:
+    """Parameter count, context length and fingerprint of a local model, from its files and engine."""
+    if not isinstance(config, TransformersExpert):
+        return {}
+    from signalbox.experts.models import fingerprint, resolve
+
+    model = resolve(config.model)
+    longest = getattr(engine, "longest", None)  # the model's context, or less where the cache's memory is less
+    return {
+        "parameters": model.parameters,
+        "context_length": int(longest or model.context_length),
+        "fingerprint": fingerprint(config.model),
+    }
+
+
+def _replica_rank() -> int:
+    """This replica's number among those of its expert; 0 outside of a Serve cluster."""
+    from ray import serve
+
+    try:
+        return int(serve.get_replica_context().rank.rank)
+    except Exception:  # local testing mode has no ranks
+        return 0
+
+
+class ExpertClient:
+    """The gateway's side of the hop: an `Engine`-like `generate` over a deployment's handle."""
+
+    def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
+        self.name = name
+        self._handle = handle
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Chunk]]:
+        """Lists of chunks, the last with a finish reason. Raises the `ExpertError` that the expert reports.
+
+        Closing the iterator before its end, or cancelling the task that reads it, stops the generation.
+        """
+        from ray.serve.exceptions import BackPressureError
+
+        finished = False
+        response = cast("DeploymentResponseGenerator[Any]", self._generate.remote(request))
+        try:
+            async for item in response:
+                if isinstance(item, ExpertError):
+                    finished = True
+                    raise item
+                finished = bool(item) and item[-1].finish_reason is not None
+                yield item
+            if not finished:
+                finished = True
+                raise ExpertUnavailable(f"expert {self.name!r} ended its answer too early")
+        except (ExpertError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BackPressureError as error:
+            finished = True
+            raise QueueFull(f"expert {self.name!r} has too many requests queued") from error
+        except Exception as error:  # Ray's and gRPC's: the replica died, is being replaced, or cannot be reached
+            log.warning("request %s: expert %s cannot be reached: %r", request.request_id, self.name, error)
+            raise ExpertUnavailable(f"expert {self.name!r} cannot be reached") from error
+        finally:
+            if not finished:
+                response.cancel()
+                self._abort_soon(request.request_id)
+
+    def _abort_soon(self, request_id: str) -> None:
+        """Cancelling the call is enough where it reached the replica; this also stops one that is just arriving."""
+        task = asyncio.get_running_loop().create_task(self._abort(request_id))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort(self, request_id: str) -> None:
+        with contextlib.suppress(Exception):  # the replica may be gone, and its requests with it
+            await self._handle.broadcast("abort", request_id).results_async(timeout_s=2.0)
+
+
+def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0) -> Application:
+    """The Serve application node of one expert. `gpus` is the share of a GPU that each replica gets."""
+    from ray import serve
+
+    places = config.max_running + config.max_waiting
+    deployment = serve.deployment(
+        name=f"expert-{name}",
+        num_replicas=config.replicas if isinstance(config, TransformersExpert) else 1,
+        ray_actor_options={"num_cpus": 0.01, "num_gpus": gpus},
+        # The engine bounds its queue and answers 429 itself; Serve's bounds lie beyond, in case it cannot.
+        max_ongoing_requests=2 * places + 64,
+        max_queued_requests=2 * places + 64,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=CLOSE_S,
+    )
+    return deployment(ExpertDeployment).bind(name, config, store_url)

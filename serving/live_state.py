@@ -1,0 +1,226 @@
+"""Live state: each replica of an expert publishes its load, speed and facts; every gateway reads them all.
+
+The hash `live:<expert>` has one field a replica, named by the replica's rank, so that a restarted replica takes
+over its field and the hash stays small. A gateway reads it in the background into plain memory: a decision never
+waits for the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from signalbox.experts.base import EngineState
+from signalbox.experts.catalog import ExpertConfig
+from signalbox.policies.base import Candidate
+from signalbox.serving.store import Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.25  # between two publications, and between two readings
+STALE_S = 5.0  # a replica that has published nothing new for so long is not counted on
+EXPIRY_S = 30.0  # of the hash, when the last replica is gone
+
+
+@dataclass(slots=True, frozen=True)
+class ReplicaState:
+    """What one replica says of itself. `reason` says why it is not ready.
+
+    `bytes_per_token` is measured on its recent prompts and `fingerprint` names the weights' content; facts are None
+    or empty while unknown. `sequence` grows with each
+    publication: a reader tells fresh from stale by its change, so the clocks of two machines need not agree.
+    """
+
+    ready: bool
+    reason: str = ""
+    engine: EngineState = field(default_factory=EngineState)
+    parameters: int | None = None
+    context_length: int | None = None
+    bytes_per_token: float | None = None
+    fingerprint: str = ""
+    sequence: int = 0
+
+    def dumps(self) -> bytes:
+        """As JSON."""
+        return orjson.dumps(self)
+
+    @staticmethod
+    def loads(data: bytes) -> ReplicaState:
+        """From JSON. Raises `ValueError` where it is not what `dumps` writes."""
+        try:
+            fields = orjson.loads(data)
+            return ReplicaState(**{**fields, "engine": EngineState(**fields["engine"])})
+        except (TypeError, KeyError, orjson.JSONDecodeError) as error:
+            raise ValueError(f"not a replica's state: {error}") from None
+
+
+@dataclass(slots=True, frozen=True)
+class ExpertState:
+    """An expert as a gateway sees it now: over its replicas that have reported lately."""
+
+    ready: bool
+    reason: str = ""
+    replicas: int = 0
+    running: int = 0
+    waiting: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    parameters: int | None = None
+    context_length: int | None = None
+    bytes_per_token: float | None = None
+    fingerprint: str = ""
+
+
+def live_key(expert: str) -> str:
+    """The store's key of an expert's live state."""
+    return f"live:{expert}"
+
+
+async def publish(store: Store, expert: str, rank: int, state: ReplicaState) -> None:
+    """Write one replica's state. Raises `StoreUnavailable`."""
+    await store.hset(live_key(expert), {str(rank): state.dumps()}, ttl_s=EXPIRY_S)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A replica's latest state and when, by this process's clock, it last changed."""
+
+    state: ReplicaState
+    changed: float
+
+
+class LiveState:
+    """A gateway's view of all experts, refreshed in the background."""
+
+    def __init__(self, store: Store, experts: Mapping[str, ExpertConfig]) -> None:
+        self._store = store
+        self._experts = experts
+        self._seen: dict[str, dict[str, _Seen]] = {name: {} for name in experts}
+        self._current: dict[str, ExpertState] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.store_error: str | None = "not asked yet"
+
+    async def start(self) -> None:
+        """Read once, then keep reading until `close`."""
+        await self.refresh()
+        self._task = asyncio.create_task(self._keep_refreshing(), name="live-state")
+
+    async def close(self) -> None:
+        """Stop reading."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def refresh(self) -> None:
+        """Read every expert's state. With the store lost, what was seen last stays and does not age."""
+        lost = self.store_error is not None
+        try:
+            hashes = await asyncio.gather(*(self._store.hgetall(live_key(name)) for name in self._experts))
+        except StoreUnavailable as error:
+            self.store_error = str(error)
+            return
+        self.store_error = None
+        now = time.monotonic()
+        for name, fields in zip(self._experts, hashes, strict=True):
+            seen = self._seen[name]
+            for rank, data in fields.items():
+                self._note(seen, name, rank, data, now)
+            for rank in list(seen):
+                if lost:  # its silence was the store's
+                    seen[rank].changed = now
+                elif now - seen[rank].changed > EXPIRY_S:
+                    del seen[rank]
+            self._current[name] = _combine([s.state for s in seen.values() if now - s.changed <= STALE_S], bool(seen))
+
+    def _note(self, seen: dict[str, _Seen], name: str, rank: str, data: bytes, now: float) -> None:
+        try:
+            state = ReplicaState.loads(data)
+        except ValueError as error:
+            log.warning("live state of %s, replica %s: %s", name, rank, error)
+            return
+        known = seen.get(rank)
+        if known is None or known.state.sequence != state.sequence:
+            seen[rank] = _Seen(state, now)
+
+    async def _keep_refreshing(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("live state could not be refreshed")
+
+    def expert(self, name: str) -> ExpertState:
+        """The expert's state now. Where the store has never answered, it is taken to be ready."""
+        return self._current.get(name) or ExpertState(ready=True, reason="unknown: the store does not answer")
+
+    def candidates(self, names: list[str] | None = None) -> list[Candidate]:
+        """The experts that `auto` may choose from (default: all routable ones), live figures over declared ones."""
+        if names is None:
+            names = [name for name, config in self._experts.items() if config.routable]
+        return [candidate(name, self._experts[name], self.expert(name)) for name in names]
+
+
+def _combine(states: list[ReplicaState], was_seen: bool) -> ExpertState:
+    ready = [s for s in states if s.ready]
+    if not ready:
+        if states:
+            reason = states[0].reason or "not ready"
+        else:
+            reason = f"no replica has reported for {STALE_S:g} s" if was_seen else "starting"
+        return ExpertState(ready=False, reason=reason, replicas=len(states))
+    newest = max(ready, key=lambda s: s.sequence)
+    return ExpertState(
+        ready=True,
+        replicas=len(ready),
+        running=sum(s.engine.running for s in ready),
+        waiting=sum(s.engine.waiting for s in ready),
+        ttft_ms=_mean([s.engine.ttft_ms for s in ready]),
+        tpot_ms=_mean([s.engine.tpot_ms for s in ready]),
+        parameters=newest.parameters,
+        context_length=newest.context_length,
+        bytes_per_token=_mean([s.bytes_per_token for s in ready]),
+        fingerprint=newest.fingerprint,
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def candidate(name: str, config: ExpertConfig, live: ExpertState | None = None) -> Candidate:
+    """One expert for the decision: declared facts, overruled by what has been measured. Times in milliseconds.
+
+    Without live state the declared figures stand and the expert counts as available.
+    """
+    live = live or ExpertState(ready=True)
+    return Candidate(
+        name=name,
+        price_input=config.price.input,
+        price_output=config.price.output,
+        ttft_ms=config.latency.ttft_ms if live.ttft_ms is None else live.ttft_ms,
+        tpot_ms=config.latency.tpot_ms if live.tpot_ms is None else live.tpot_ms,
+        context_length=live.context_length or config.context_length,
+        parameters=config.parameters or live.parameters,
+        released_ordinal=config.released.toordinal() if config.released else None,
+        bytes_per_token=live.bytes_per_token or config.bytes_per_token,
+        available=live.ready,
+    )
+
+
+def describe(state: ExpertState) -> dict[str, Any]:
+    """For `/readyz` and `/v1/models`."""
+    said: dict[str, Any] = {"ready": state.ready, "replicas": state.replicas}
+    if state.reason:
+        said["reason"] = state.reason
+    if state.ready:
+        said |= {"running": state.running, "waiting": state.waiting}
+        said |= {"ttft_ms": state.ttft_ms, "tpot_ms": state.tpot_ms}
+    return said
