@@ -105,8 +105,8 @@ def _open(path: Path) -> Any:
     import gguf
 
     class ArrayReader(gguf.GGUFReader):
-        @property
-        def data(self) -> NDArray[np.uint8]:  # type: ignore[override]
+        @property  # type: ignore[override]
+        def data(self) -> NDArray[np.uint8]:
             return self._array
 
         @data.setter

