@@ -1,0 +1,56 @@
+"""Runs HAProxy for Ray Serve with every listener but the service's own bound to loopback.
+
+Ray Serve 2.60 writes `bind *:PORT` and `bind :PORT` for HAProxy's statistics and metrics, with no setting to change
+that. It starts HAProxy by a path that can be set: this file, through a two-line script (`write_script`). It rewrites
+the configuration into a sibling file and becomes HAProxy by exec, so process id and signals are HAProxy's own.
+
+Run as `python -IS haproxy_loopback.py HAPROXY HOST PORT ARGUMENT...`: only the standard library, and little of it,
+for Ray starts HAProxy anew with each change of its backends.
+"""
+
+import os
+import re
+import shlex
+import sys
+
+_BIND = re.compile(r"^(\s*bind\s+)(\S*):(\d+)(?=\s|$)", re.MULTILINE)
+_WILDCARDS = ("", "*", "0.0.0.0", "::", "[::]")
+
+
+def rewrite(configuration: str, host: str, port: int) -> str:
+    """The same configuration with the service on HOST:PORT and every other wildcard bind on 127.0.0.1."""
+
+    def address(bind: re.Match[str]) -> str:
+        head, given, number = bind.groups()
+        if int(number) == port:
+            return f"{head}{host}:{number}"
+        return f"{head}{'127.0.0.1' if given in _WILDCARDS else given}:{number}"
+
+    return _BIND.sub(address, configuration)
+
+
+def write_script(path: str, haproxy: str, host: str, port: int) -> None:
+    """An executable at `path` that Ray may start in HAProxy's place."""
+    command = " ".join(shlex.quote(part) for part in (sys.executable, "-IS", __file__, haproxy, host, str(port)))
+    with open(path, "w", opener=lambda name, flags: os.open(name, flags, 0o700)) as script:
+        script.write(f'#!/bin/sh\nexec {command} "$@"\n')
+
+
+def main(haproxy: str, host: str, port: str, *arguments: str) -> None:
+    """Become HAProxy, with its `-f` file rewritten, and die with the process that started us."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG; it survives the exec
+    given = list(arguments)
+    for index, argument in enumerate(given[:-1]):
+        if argument == "-f":
+            source = given[index + 1]
+            given[index + 1] = f"{source}.{os.getpid()}"
+            with open(source) as old, open(given[index + 1], "w") as new:  # noqa: PTH123
+                new.write(rewrite(old.read(), host, int(port)))
+    os.execv(haproxy, [haproxy, *given])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
