@@ -13,9 +13,10 @@ class Detokenizer:
     Characters whose bytes are not complete yet are held back, and so is a tail that may become a stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer`."""
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prefix: str = "") -> None:
+        """`tokenizer` is a `tokenizers.Tokenizer`; `prefix` is taken off the beginning of the text once."""
         self._tokenizer = tokenizer
+        self._prefix = prefix
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(s for s in stop if s)
         self._held = ""
@@ -28,6 +29,8 @@ class Detokenizer:
             self._undecoded.append(token_id)
             return "", False
         self._undecoded.clear()
+        if piece and self._prefix:
+            piece, self._prefix = piece.removeprefix(self._prefix), ""
         if not self._stop:
             return piece, False
         text = self._held + piece

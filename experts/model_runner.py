@@ -60,6 +60,7 @@ class ModelRunner:
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         self.eos_token_ids = self._eos_token_ids()
+        self.answer_prefix = self._answer_prefix()
 
     def _eos_token_ids(self) -> frozenset[int]:
         """All tokens that end an answer: the generation config's, the model's and the tokenizer's."""
@@ -71,6 +72,20 @@ class ModelRunner:
         ):
             found.update(value if isinstance(value, list | tuple) else [value] if value is not None else [])
         return frozenset(found)
+
+    def _answer_prefix(self) -> str:
+        """What stands between the chat template's end and an answer's first letter: a space after `Answer:`.
+
+        Tokens of such models begin with that space; it belongs to neither the client's text nor the reference.
+        """
+        if not self.tokenizer.chat_template:
+            return ""
+        probe = [{"role": "user", "content": "x"}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False))
+        except Exception as error:
+            raise ExpertUnavailable(f"the chat template does not render: {error}") from error
+        return "" if not text or text[-1].isspace() or text.endswith(">") else " "
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Chat messages -> token ids by the chat template. Raises `InvalidRequest` where the template refuses."""

@@ -96,8 +96,9 @@ class TransformersEngine:
         """Negative log-likelihood of `reference` as the answer, by a forward pass without the cache."""
         runner = self._ready().runner
         prompt = await self._tokenise(request)
-        answer = await _off_loop(len(reference), lambda text: runner.encode(text, special=False), reference)
-        if not answer:
+        prefix = runner.answer_prefix if request.messages is not None else ""
+        answer = await _off_loop(len(reference), lambda text: runner.encode(text, special=False), prefix + reference)
+        if not reference or not answer:
             raise InvalidRequest("the reference is empty", param="reference")
         self._check_length(len(prompt), len(answer))
         if len(self._score_jobs) >= max(1, self.config.max_waiting):
@@ -205,7 +206,11 @@ class TransformersEngine:
             prompt_length=len(tokens),
             limit=limit,
             sampler=SamplerRow.of(sampling, runner.device),
-            detokenizer=Detokenizer(runner.tokenizer.backend_tokenizer, (*sampling.stop, *config.stop)),
+            detokenizer=Detokenizer(
+                runner.tokenizer.backend_tokenizer,
+                (*sampling.stop, *config.stop),
+                runner.answer_prefix if request.messages is not None else "",
+            ),
             loop=asyncio.get_running_loop(),
             chunks=asyncio.Queue(),
         )

@@ -132,6 +132,23 @@ async def test_messages_go_through_the_chat_template(folder: Path, engine: Trans
     assert tokens_of(await collect(engine, chat)) == tokens_of(await collect(engine, plain))
 
 
+async def test_a_template_that_ends_in_a_word_costs_the_answer_no_space(folder: Path) -> None:
+    """After `Answer:` a model writes ` 42`; the client gets `42`, and scoring takes the space for granted."""
+    template = "{% for m in messages %}Question: {{ m.content }}\n{% endfor %}Answer:"
+    engine = TransformersEngine("words", config_for(folder, chat_template=template))
+    await engine.start()
+    try:
+        messages = [{"role": "user", "content": "the fox"}]
+        chat = GenerateRequest("c", messages=messages, sampling=SamplingParams(temperature=0, max_tokens=8))
+        raw = ask("Question: the fox\nAnswer:", max_tokens=8)
+        assert await text_of(engine, chat) == (await text_of(engine, raw)).removeprefix(" ")
+        scored = await engine.score(chat, "one")
+        assert scored.nll_bits == pytest.approx((await engine.score(raw, " one")).nll_bits, rel=1e-5)
+        assert scored.reference_bytes == 3
+    finally:
+        await engine.close()
+
+
 async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: TransformersEngine) -> None:
     def sampled(seed: int) -> GenerateRequest:
         return ask("one two", temperature=1.0, top_p=0.95, seed=seed, max_tokens=16, ignore_eos=True)
