@@ -37,6 +37,7 @@ from signalbox.experts.speed import Speed
 _MAX_ERROR = 64 << 10  # bytes read of an error reply
 _MAX_MESSAGE = 500  # characters handed on of the upstream's message
 _CONNECT_S = 10.0
+_DONE = b"[DONE]"
 _DRAIN_S = 0.05  # wait for the end of a reply after [DONE]: a connection read to its end can be used again
 
 
@@ -119,7 +120,7 @@ class OpenAIEngine:
                 ended = False
                 async for block in blocks:
                     for data in events.feed(block) if streamed else events.gather(block):
-                        if ended := data == b"[DONE]":
+                        if ended := data == _DONE:
                             break
                         if chunk := self._chunk(data, answer):
                             yield chunk
@@ -130,8 +131,10 @@ class OpenAIEngine:
                         async with asyncio.timeout(_DRAIN_S):
                             async for _ in blocks:
                                 pass
-                elif (rest := events.rest()) and (chunk := self._chunk(rest, answer)):
-                    yield chunk
+                elif rest := events.rest():
+                    ended = rest == _DONE
+                    if not ended and (chunk := self._chunk(rest, answer)):
+                        yield chunk
                 if not ended and answer.finish_reason is None:
                     raise ExpertUnavailable(f"{self.name}: the upstream cut its answer short", code="upstream_cut")
         answer.usage = answer.usage or self._estimate(request, answer)
