@@ -172,9 +172,9 @@ def _override(model: type[BaseModel], source: ConfigSource, variable: str, text:
         annotation = annotation_at(annotation, found[0], target)
         if len(path) == len(parts):
             target[found[0]] = value
-        elif target.get(found[0]) is None:
-            target[found[0]] = {}
-        target = target[found[0]]
+        elif target.get(found[0]) is None and keys_at(annotation, {}):
+            target[found[0]] = {}  # a section that the file leaves out
+        target = target.get(found[0])
     source.overrides[path] = variable
 
 

@@ -1,0 +1,287 @@
+"""The configuration: what is read, what is overridden, and that every complaint names line, key and remedy."""
+
+# ruff: noqa: E501 (tables of messages, each on one line as it is printed)
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from signalbox.serving.config import Config, ConfigError, load_config, missing_environment
+
+MINIMAL = """\
+experts:
+  remote: {engine: openai, base_url: "http://127.0.0.1:9/v1", model: x}
+"""
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "signalbox.yaml"
+    file.write_text(text)
+    return file
+
+
+def complaints(file: Path, **environment: str) -> list[str]:
+    """Messages of the `ConfigError`, without the file's folder."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, environment=environment)
+    assert str(caught.value) == "\n".join(caught.value.messages)
+    return [message.replace(f"{file.parent}/", "") for message in caught.value.messages]
+
+
+def load(file: Path, **environment: str) -> Config:
+    return load_config(file, environment=environment, on_warning=lambda _: None)
+
+
+def test_the_quickstart_file_is_valid() -> None:
+    config = load(QUICKSTART)
+    assert set(config.experts) == {"smollm2", "gemma"}
+    smollm2, gemma = config.experts["smollm2"], config.experts["gemma"]
+    assert smollm2.price.input < gemma.price.input and smollm2.price.output < gemma.price.output
+    assert set(config.policies) == {"gold", "bronze"}
+    assert config.routers["default"].artifact == QUICKSTART.parents[1] / "routers" / "quickstart"
+    assert config.server.host == "127.0.0.1"
+
+
+def test_the_quickstart_chat_template_makes_a_page_of_questions_and_answers() -> None:
+    import jinja2.sandbox
+
+    template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(
+        load(QUICKSTART).experts["gemma"].chat_template  # type: ignore[union-attr]
+    )
+    turns = [
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4\n"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    text = template.render(messages=turns, bos_token="<bos>", add_generation_prompt=True)
+    assert text == "<bos>Be brief.\n\nQuestion: What is 2 + 2?\nAnswer: 4\n\nQuestion: And 3 + 3?\nAnswer:"
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = load(write(tmp_path, MINIMAL))
+    assert (config.server.host, config.server.port, config.store.url) == ("127.0.0.1", 8000, "embedded")
+    assert config.default_policy is None and config.default_router == "default"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("server: {prot: 1}", "3: server.prot: unknown key; did you mean 'port'?"),
+        ("server: {port: 70000}", "3: server.port: must be less than or equal to 65535"),
+        ("server: {port: many}", "3: server.port: must be a valid integer, unable to parse string as an integer"),
+        (
+            "server: {host: 0.0.0.0}",
+            "3: server: host 0.0.0.0 is reachable from outside this machine: set api_key_env as well",
+        ),
+        ("server: {host: example.org}", "3: server.host: must be an IPv4 address such as 127.0.0.1"),
+        ("server:", "3: server: must be a mapping: {key: value}"),
+        ("polices: {}", "3: polices: unknown key; did you mean 'policies'?"),
+        (
+            "store: {url: 'http://:secret@host'}",
+            "3: store.url: must be 'embedded' or start with redis://, rediss:// or unix://",
+        ),
+        (
+            "store: {url: 'redis://host', data_dir: x}",
+            "3: store: data_dir is for url: embedded; another server keeps its data itself",
+        ),
+        ("cache: {ttl_s: 0}", "3: cache.ttl_s: must be greater than or equal to 1"),
+        ("policies: {gold: {cache: semantic}}", "3: policies.gold.cache: must be 'off' or 'exact', not 'semantic'"),
+        ("policies: {gold: {slo: {max_tft_ms: 3}}}", "3: policies.gold.slo.max_tft_ms: unknown key; did you mean 'max_ttft_ms'?"),
+        ("policies: {gold: {allowed: gpt}}", "3: policies.gold.allowed: must be a list: [one, two]"),
+        ("policies: {gold: {fallback: -1}}", "3: policies.gold.fallback: must be greater than or equal to 0"),
+        ("policies: {auto: {}}", "3: policies.auto: 'auto' is the name that asks the router to choose; call this one something else"),
+        ("default_policy: glod", "3: default_policy: there is no policy 'glod'; no policy is declared"),
+        ("default_router: main", "3: default_router: there is no router 'main'; no router is declared"),
+        ("routers: {default: {kind: tryage}}", "3: routers.default.artifact: must be given: folder with router.json and router.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, line: str, message: str) -> None:
+    assert complaints(write(tmp_path, MINIMAL + line + "\n")) == [f"signalbox.yaml:{message}"]
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        ("{engine: opneai, model: x}", "engine: 'opneai' is unknown; did you mean 'openai'?"),
+        ("{model: x}", "engine: must be given; known: transformers, openai"),
+        ("{engine: openai, model: x}", "base_url: must be given: address up to and with the version, e.g. https://api.openai.com/v1"),
+        ("{engine: openai, model: x, base_url: ftp://x}", "base_url: must start with http:// or https://"),
+        ("{engine: openai, model: x, base_url: http://x, pricee: {}}", "pricee: unknown key; did you mean 'price'?"),
+        ("{engine: openai, model: x, base_url: http://x, price: {inptu: 1}}", "price.inptu: unknown key; did you mean 'input'?"),
+        ("{engine: openai, model: x, base_url: http://x, price: {input: -1}}", "price.input: must be greater than or equal to 0"),
+        ("{engine: transformers, model: ./none}", "model: there is no such file or folder ({folder}/none); a model is `pypi:PACKAGE`, `hf:ORG/NAME` or a path"),
+    ],
+)  # fmt: skip
+def test_a_wrong_expert_is_named_with_line_and_remedy(tmp_path: Path, expert: str, message: str) -> None:
+    file = write(tmp_path, f"{MINIMAL}  other:\n    {expert}\n")
+    wanted = message.replace("{folder}/", "")
+    assert [c.split(": ", 1)[1] for c in complaints(file)] == [f"experts.other.{wanted}"]
+    assert all(c.startswith(("signalbox.yaml:3:", "signalbox.yaml:4:")) for c in complaints(file))
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "-x", "x" * 65, "AUTO", "a:b", ""])
+def test_an_expert_cannot_be_called_that(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, f'experts:\n  "{name}": {{engine: openai, base_url: "http://x", model: x}}\n')
+    assert len(complaints(file)) == 1 and complaints(file)[0].startswith(f"signalbox.yaml:2: experts.{name}: ")
+
+
+def test_all_problems_come_at_once_and_in_order(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "polices: {}\nexperts:\n  a: {engine: openai, model: x}\n  b: {engine: x}\nserver: {port: -1}\n"
+    )
+    assert [message.split(":")[1] for message in complaints(file)] == ["1", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "signalbox.yaml:1: the file is empty"),
+        ("- a\n", "signalbox.yaml:1: must be a mapping with sections such as `experts:`"),
+        ("a: [\n", "signalbox.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
+        ("experts:\n  a: {}\n  a: {}\n", "signalbox.yaml:3: experts.a: given twice, first on line 2"),
+        ("experts:\n  1: {}\n", "signalbox.yaml:2: experts.1: YAML reads this key as something else; put it in quotes"),
+        ("a: &a [*a]\n", "signalbox.yaml:1: an alias that contains itself"),
+        ("a: !!python/object/apply:os.system [ls]\n", "signalbox.yaml:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("experts: {}\n", "signalbox.yaml:1: experts: must have at least 1 entries, not 0"),
+        ("server: {}\n", "signalbox.yaml:1: experts: must be given: the pool, by name"),
+        (MINIMAL.replace("model: x", "model: x, routable: false"), "signalbox.yaml:1: experts: no expert is routable, so `auto` has nothing to choose from"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    assert complaints(write(tmp_path, text)) == [message]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert complaints(tmp_path / "none.yaml") == ["none.yaml: there is no such file"]
+    assert "cannot be read" in complaints(tmp_path)[0]
+
+
+def test_anchors_share_values_and_keep_their_lines(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        'experts:\n  a: &a\n    engine: openai\n    base_url: "http://x"\n    model: x\n    pric: {}\n'
+        "  b:\n    <<: *a\n    model: y\n",
+    )
+    assert complaints(file) == [
+        "signalbox.yaml:6: experts.a.pric: unknown key; did you mean 'price'?",
+        "signalbox.yaml:6: experts.b.pric: unknown key; did you mean 'price'?",
+    ]
+    file.write_text(file.read_text().replace("    pric: {}\n", ""))
+    config = load(file, SIGNALBOX__EXPERTS__A__PRICE="{input: 1}")
+    assert (config.experts["a"].model, config.experts["b"].model) == ("x", "y")
+    assert (config.experts["a"].price.input, config.experts["b"].price.input) == (1, 0)
+
+
+def test_environment_overrides(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + '  gpt-4.1: {engine: openai, base_url: "http://x", model: x}\n')
+    config = load(
+        file,
+        SIGNALBOX__STORE__URL="redis://:pw@host/1",
+        signalbox__server__PORT="9000",
+        SIGNALBOX__EXPERTS__GPT_4_1__PRICE="{input: 2, output: 3}",
+        SIGNALBOX__EXPERTS__REMOTE__ROUTABLE="false",
+        SIGNALBOX_LOG_LEVEL="DEBUG",
+        UNRELATED="1",
+    )
+    assert (config.store.url, config.server.port) == ("redis://:pw@host/1", 9000)
+    assert config.experts["gpt-4.1"].price.output == 3 and not config.experts["remote"].routable
+    assert "pw" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("STORE__URLL", "x", "no single key 'urll' in store; did you mean 'url'?"),
+        ("STOR__URL", "x", "no single key 'stor'; did you mean 'store'?"),
+        ("EXPERTS__GPT__MODEL", "x", "no single key 'gpt' in experts; known: remote"),
+        ("SERVER__PORT__X", "1", "no single key 'x' in server.port; no keys belong here"),
+        ("SERVER__PORT", "[secret", "its value is not valid YAML"),
+        ("SERVER__PORT", "many", "server.port: must be a valid integer"),
+        ("STORE__URL", "http://:secret@x", "store.url: must be 'embedded'"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, variable: str, value: str, message: str) -> None:
+    found = complaints(write(tmp_path, MINIMAL), **{f"SIGNALBOX__{variable}": value})
+    assert len(found) == 1 and found[0].startswith(f"SIGNALBOX__{variable}: {message}") and "secret" not in found[0]
+
+
+def test_names_that_look_alike_cannot_be_overridden(tmp_path: Path) -> None:
+    expert = '{engine: openai, base_url: "http://x", model: x}'
+    file = write(tmp_path, f"experts:\n  a-b: {expert}\n  a.b: {expert}\n")
+    assert complaints(file, SIGNALBOX__EXPERTS__A_B__MODEL="y") == [
+        "SIGNALBOX__EXPERTS__A_B__MODEL: no single key 'a_b' in experts; it could be any of a-b, a.b"
+    ]
+
+
+def test_paths_start_at_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    file = write(
+        folder,
+        "store: {data_dir: ../state}\n"
+        "experts:\n  a: {engine: transformers, model: ../model}\n  b: {engine: transformers, model: pypi:x}\n"
+        "routers: {default: {kind: tryage, artifact: ./router}}\n",
+    )
+    monkeypatch.chdir("/")
+    config = load(file)
+    assert config.experts["a"].model == str(tmp_path / "model")
+    assert config.experts["b"].model == "pypi:x"
+    assert config.routers["default"].artifact == folder / "router"
+    assert config.store.data_dir == tmp_path / "state"
+
+
+def test_artifacts_are_checked_when_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "routers: {default: {kind: tryage, artifact: r}}\n")
+    load(file)
+
+    def problem() -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, environment={}, check_artifacts=True)
+        return str(caught.value)
+
+    assert problem().startswith(f"{file}:3: routers.default.artifact: there is no router in {tmp_path}/r; ")
+    assert "make router-quickstart" in problem()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "router.json").write_text("{")
+    assert "cannot be read" in problem()
+    (tmp_path / "r" / "router.json").write_text(json.dumps({"kind": "knn"}))
+    assert "is of kind 'knn', not 'tryage'" in problem()
+    (tmp_path / "r" / "router.json").write_text(json.dumps({"kind": "tryage"}))
+    load_config(file, environment={}, check_artifacts=True)
+
+
+def test_odd_but_usable_is_a_warning(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "policies:\n  gold: {allowed: [gpt-*, remote]}\n")
+    warnings: list[str] = []
+    load_config(file, environment={}, on_warning=warnings.append)
+    assert warnings == [
+        f"{file}:1: routers: no router is declared: `auto` goes by price and latency alone",
+        f"{file}:4: policies.gold.allowed: 'gpt-*' fits none of the experts",
+    ]
+
+
+def test_missing_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = MINIMAL.replace("model: x", "model: x, api_key_env: SBX_TEST_A") + "server: {api_key_env: SBX_TEST_B}\n"
+    config = load(write(tmp_path, text))
+    monkeypatch.setenv("SBX_TEST_A", "")
+    monkeypatch.delenv("SBX_TEST_B", raising=False)
+    assert missing_environment(config) == ["SBX_TEST_A", "SBX_TEST_B"]
+    monkeypatch.setenv("SBX_TEST_A", "key")
+    assert missing_environment(config) == ["SBX_TEST_B"]
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Config.model_json_schema()
+    bare = [
+        f"{name}.{key}"
+        for name, part in {"Config": schema, **schema["$defs"]}.items()
+        for key, value in part.get("properties", {}).items()
+        if "description" not in value and key != "engine"
+    ]
+    assert not bare
+    assert schema["additionalProperties"] is False
