@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from signalbox.experts.models import resolve
-
 from signalbox.experts.base import (
     Chunk,
     ContextLengthExceeded,
@@ -32,6 +30,7 @@ from signalbox.experts.base import (
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.experts.detokenizer import Detokenizer
 from signalbox.experts.model_runner import ModelRunner
+from signalbox.experts.models import resolve
 from signalbox.experts.packed_batch import PackedBatch, Segment
 from signalbox.experts.sampler import SamplerRow
 from signalbox.experts.scheduler import Result, Scheduler
