@@ -130,6 +130,8 @@ def save_artifact(artifact: Artifact, path: str | Path, *, neighbours: dict[str,
         save_file({k: np.ascontiguousarray(v) for k, v in artifact.tensors.items()}, fresh / TENSORS)
         if neighbours:
             save_file({k: np.ascontiguousarray(v) for k, v in neighbours.items()}, fresh / NEIGHBOURS)
+        for file in fresh.iterdir():  # safetensors makes files that only their owner reads
+            file.chmod((fresh / DESCRIPTION).stat().st_mode)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(old)

@@ -39,6 +39,9 @@ class Encoder(Protocol):
     def encode(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> Embeddings:
         """float32 [n, dimension], rows of length 1. Blocking and thread-safe."""
 
+    def reserve(self, count: int) -> None:
+        """Cache at least this many embeddings: a table that is read more than once must fit."""
+
     def clear(self) -> None:
         """Forget cached embeddings."""
 
@@ -124,6 +127,11 @@ class SentenceEncoder:
             if progress:
                 progress(sum(len(places[b]) for b in batch))
         return out
+
+    def reserve(self, count: int) -> None:
+        """Cache at least this many embeddings: a table that is read more than once must fit."""
+        with self._lock:
+            self._cache_size = max(self._cache_size, count)
 
     def clear(self) -> None:
         """Forget cached embeddings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ def evaluate(
     artifact: Artifact | None = None,
     neighbours: dict[str, NDArray[Any]] | None = None,
     decisions: int = 200,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Judge `predictor` on the rows of `table` whose prompt is not among those that `artifact` was trained on.
 
@@ -87,6 +88,7 @@ def evaluate(
         artifact: gives the training prompts' hashes, the majority expert and each task's best.
         neighbours: training `embeddings` [n, d] and `scores` [n, E], experts as in `artifact`.
         decisions: number of decisions to time.
+        progress: called with (prompts encoded, of how many).
 
     Raises:
         TableError: an expert has no column, or no row is left.
@@ -99,7 +101,10 @@ def evaluate(
             f"no row is left to judge on: {len(pooled) - len(complete)} of {len(pooled)} lack an expert, "
             f"and the others were trained on"
         )
+    _encode(rows, encoder, progress)
     prediction = predictor.predict([Prompt(p) for p in rows.prompt])
+    knn = _knn_quality(rows, predictor, encoder, artifact, neighbours)
+    bare = _bare_text_quality(rows, predictor)
     choice = prediction.quality.argmax(axis=1)
     scores = rows.score
     got, top = _taken(scores, choice), scores.max(axis=1)
@@ -122,7 +127,7 @@ def evaluate(
         majority=None if usual is None else float(means[usual]),
         cheapest=None if cost is None or np.isnan(cost).any() else float(means[int(cost.mean(axis=0).argmin())]),
         random=float(means.mean()),
-        knn=_knn_quality(rows, predictor, encoder, artifact, neighbours),
+        knn=knn,
         told_task=_told_task(rows, predictor, facts.get("best_of_task")),
         oracle=float(top.mean()),
         optimal_selection=_optimal(scores, choice),
@@ -133,7 +138,7 @@ def evaluate(
         calibration=calibration(prediction, scores),
         decision_ms=decision_ms(predictor, encoder, rows.prompt, decisions),
         threads=torch.get_num_threads(),
-        bare_text_quality=_bare_text_quality(rows, predictor),
+        bare_text_quality=bare,
         excluded_seen=len(complete) - len(rows),
         excluded_incomplete=len(pooled) - len(complete),
         tasks=_by_task(rows, predictor.experts, choice),
@@ -145,6 +150,20 @@ def _unseen(rows: Table, artifact: Artifact | None) -> Table:
         return rows
     seen = set(artifact.tensors["seen"].tolist())
     return rows.rows(np.array([prompt_hash(p) not in seen for p in rows.prompt], dtype=bool))
+
+
+def _encode(rows: Table, encoder: Encoder, progress: Callable[[int, int], None] | None) -> None:
+    """Fill the encoder's cache, from which prediction and kNN then take what they need."""
+    encoder.reserve(len(rows))
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress:
+            progress(done, len(rows))
+
+    encoder.encode(rows.prompt, progress=count)
 
 
 def _taken(values: Matrix, choice: NDArray[np.intp]) -> Vector:

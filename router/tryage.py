@@ -86,6 +86,7 @@ class TryagePredictor:
         if len(table) < 4 * FOLDS:
             raise TableError(f"{len(table)} complete rows are too few to train on: at least {4 * FOLDS} are needed")
         texts, origin = _with_bare_texts(table)
+        encoder.reserve(len(texts))
         notify = report or (lambda step, done, of: None)
         done = 0
 

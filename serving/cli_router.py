@@ -174,11 +174,17 @@ def eval_command(
         found = read_artifact(artifact)
         rows = read_table(table).pool(found.experts)
         encoder = load_encoder(found.encoder)
-        with _progress() as bar:
-            task = bar.add_task("encoding prompts", total=len(rows))
-            encoder.encode(rows.prompt, progress=lambda n: bar.advance(task, n))
         predictor = load_predictor(artifact, encoder=encoder)
-        result = evaluate(predictor, rows, encoder, artifact=found, neighbours=load_neighbours(artifact))
+        with _progress() as bar:
+            task = bar.add_task("encoding prompts", total=None)
+            result = evaluate(
+                predictor,
+                rows,
+                encoder,
+                artifact=found,
+                neighbours=load_neighbours(artifact),
+                progress=lambda done, of: bar.update(task, completed=done, total=of),
+            )
         show(result, f"{found.kind} {found.version} on {result.rows} rows of {table.name}")
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +206,8 @@ def training_report(bar: Progress) -> Callable[[str, int, int], None]:
 def show(result: Evaluation, title: str, out: Console | None = None) -> None:
     """Print an evaluation: the reference lines, each task, and what else there is to say."""
     out = out or Console()
-    lines = RichTable(title=escape(title), title_justify="left")
+    out.print(f"[bold]{escape(title)}[/bold]")
+    lines = RichTable()
     lines.add_column("who chooses")
     lines.add_column("mean quality", justify="right")
     for name, value in (
@@ -238,10 +245,11 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
 
 def _task_table(result: Evaluation) -> RichTable:
     tasks = RichTable(title="by task", title_justify="left")
-    for column in ("task", "rows", "router", "best single", "random", "oracle", "optimal", "share"):
-        tasks.add_column(column, justify="left" if column in ("task", "best single", "share") else "right")
+    for column in ("task", "rows", "router", "best single", "random", "oracle", "optimal", "most chosen"):
+        words = column in ("task", "best single", "most chosen")
+        tasks.add_column(column, justify="left" if words else "right", no_wrap=True)
     for name, task in result.tasks.items():
-        top = sorted(task["share"].items(), key=lambda item: -item[1])[:3]
+        most, share = max(task["share"].items(), key=lambda item: item[1])
         tasks.add_row(
             escape(name),
             str(task["rows"]),
@@ -250,7 +258,7 @@ def _task_table(result: Evaluation) -> RichTable:
             f"{task['random']:.4f}",
             f"{task['oracle']:.4f}",
             f"{task['optimal_selection']:.0%}",
-            ", ".join(f"{escape(expert)} {share:.0%}" for expert, share in top),
+            f"{share:.0%} {escape(most)}",
         )
     return tasks
 

@@ -1,0 +1,157 @@
+"""Rebuilds routers/quickstart: collects the quickstart pool's losses, trains, reports on rows not seen.
+
+Run by `make router-quickstart`. The texts are those of ../shared/data (no row of it is kept in the repository: the
+table stays in .run/, and the artifact goes without the training rows' embeddings).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.report import ROOT, Row, print_table, write_results
+from signalbox.router import train as training
+from signalbox.router.artifact import load_predictor, read_artifact
+from signalbox.router.encoder import load_encoder
+from signalbox.router.evaluate import Evaluation, evaluate
+from signalbox.router.table import read_table, write_table
+from signalbox.router.texts import Text, arithmetic_texts, read_texts
+from signalbox.serving.cli_router import collect_pool, show, training_report
+from signalbox.serving.config import load_config
+
+DATA = ROOT.parent / "shared" / "data"
+# mmlu_pro gives prose alone: the narratives of its questions.
+TEXTS = (DATA / "tasks", DATA / "routing" / "mmlu_pro.parquet")
+console = Console(stderr=True)
+
+
+def gather_texts(rows_per_task: int) -> list[Text]:
+    """The tasks' texts and as many sums. Raises `TableError` where ../shared/data is absent."""
+    return [*read_texts(TEXTS, rows_per_task), *arithmetic_texts(rows_per_task)]
+
+
+def results(result: Evaluation, name: str) -> list[Row]:
+    """The evaluation in the format of all benchmarks; low and high are 95 % confidence limits."""
+    bound = 1.96 * result.quality_se
+    rows = [
+        Row(
+            name,
+            "mean quality",
+            result.quality,
+            "2**-bits per byte",
+            result.quality - bound,
+            result.quality + bound,
+            reference=result.best_single,
+            goal="above best single by two standard errors of the paired difference",
+            met=result.wins,
+        ),
+        Row(
+            name,
+            "gain over best single",
+            result.gain,
+            "2**-bits per byte",
+            result.gain - 1.96 * result.gain_se,
+            result.gain + 1.96 * result.gain_se,
+            reference=0.0,
+        ),
+        Row(
+            name,
+            "optimal-selection accuracy",
+            result.optimal_selection,
+            "share of prompts",
+            reference=result.majority_optimal_selection,
+            goal="above majority",
+            met=result.optimal_selection > (result.majority_optimal_selection or 0.0),
+        ),
+        Row(name, "regret", result.regret, "2**-bits per byte"),
+    ]
+    for metric, value in (
+        ("best single", result.best_single),
+        ("majority", result.majority),
+        ("cheapest", result.cheapest),
+        ("random", result.random),
+        ("kNN", result.knn),
+        ("told the task", result.told_task),
+        ("oracle", result.oracle),
+        ("bare text", result.bare_text_quality),
+    ):
+        if value is not None:
+            rows.append(Row(name, f"mean quality, {metric}", value, "2**-bits per byte"))
+    if result.regret_bits is not None:
+        rows.append(Row(name, "regret", result.regret_bits, "bits per byte"))
+    calibration = result.calibration
+    rows += [
+        Row(name, "uncertainty, rms of residual / deviation", calibration["z_rms"], "", reference=1.0),
+        Row(name, "residuals within one deviation", calibration["within_1sd"], "share", reference=0.683),
+        Row(name, f"decision p50, {result.threads} threads", result.decision_ms["p50"], "ms"),
+        Row(name, f"decision p99, {result.threads} threads", result.decision_ms["p99"], "ms"),
+    ]
+    rows += [Row(name, f"share of {expert}", share, "share of prompts") for expert, share in result.share.items()]
+    for task, figures in result.tasks.items():
+        rows.append(
+            Row(
+                f"{name}: {task}",
+                f"mean quality ({figures['rows']} rows)",
+                figures["quality"],
+                "2**-bits per byte",
+                figures["quality"] - 1.96 * figures["quality_se"],
+                figures["quality"] + 1.96 * figures["quality_se"],
+                reference=figures["best_single"],
+            )
+        )
+    return rows
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="configuration of the pool")] = ROOT / "examples" / "quickstart.yaml",
+    rows_per_task: Annotated[int, typer.Option(min=10, help="most texts of a task")] = 150,
+    out: Annotated[Path, typer.Option(help="folder of the artifact")] = ROOT / "routers" / "quickstart",
+    table: Annotated[Path, typer.Option(help="table of losses")] = ROOT / ".run" / "router_quickstart.parquet",
+    reuse: Annotated[bool, typer.Option(help="train on the table as it is there, without collecting")] = False,
+    name: Annotated[str, typer.Option(help="name of the result file")] = "router_quickstart",
+) -> None:
+    """Collect, train, evaluate; a run that was stopped goes on where it was."""
+    started = time.perf_counter()
+    if not reuse:
+        if not DATA.is_dir():
+            console.print(f"error: {DATA} is absent; the texts to collect losses on are read from there", style="red")
+            raise typer.Exit(2)
+        experts = {n: e for n, e in load_config(config).experts.items() if e.routable}
+        texts = gather_texts(rows_per_task)
+        console.print(f"{len(texts)} texts of {len({t.task for t in texts})} tasks, {len(experts)} experts")
+        # Kept after the run: a later one with more rows a task measures only the new ones.
+        journal = table.with_name(f"{table.name}.partial.jsonl")
+        collected = asyncio.run(collect_pool(experts, texts, journal))
+        write_table(collected.table, table)
+        for failure in collected.failures[:5]:
+            console.print(f"failed: {failure.expert} on {failure.prompt_id}: {failure.error}", markup=False)
+        console.print(f"collected in {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
+    encoder = load_encoder()
+    with Progress(console=console) as bar:
+        trained = training.train(read_table(table), encoder, report=training_report(bar))
+    training.save(trained, out, neighbours=False)
+    # What is judged is what was written.
+    result = evaluate(
+        load_predictor(out, encoder=encoder),
+        trained.held_out,
+        encoder,
+        artifact=read_artifact(out),
+        neighbours=training.neighbours_of(trained),
+    )
+    show(result, f"{result.rows} rows that the router has not seen")
+    rows = results(result, "quickstart, rows held out")
+    print_table(rows)
+    path = write_results(name, f"python -m benchmarks.router_quickstart {' '.join(sys.argv[1:])}".strip(), rows)
+    console.print(f"wrote {out} and {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
