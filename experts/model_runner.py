@@ -32,7 +32,9 @@ class ModelRunner:
 
     def __init__(self, path: Path, *, device: str, dtype: str, threads: int | None, chat_template: str | None) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         if threads or device == "cpu" or not torch.cuda.is_available():
             torch.set_num_threads(threads or os.cpu_count() or 1)
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
