@@ -110,6 +110,7 @@ class Dispatcher:
         experts: Mapping[str, ExpertClient],
         live: LiveState,
         routing: Routing,
+        router_version: str,
         store: Store,
     ) -> None:
         self._config = config
@@ -119,7 +120,7 @@ class Dispatcher:
         self._store = store
         self._cache = ResponseCache(store, config.cache)
         self._versions = {name: _version_of_expert(expert) for name, expert in config.experts.items()}
-        self._pool_version = _version_of_pool(config, routing.version)
+        self._pool_version = _version_of_pool(config, router_version)
 
     # -- who may be asked for ----------------------------------------------------------------------------------
 

@@ -332,7 +332,7 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
     deployment = serve.deployment(
         name=f"expert-{name}",
         num_replicas=config.replicas if isinstance(config, TransformersExpert) else 1,
-        ray_actor_options={"num_cpus": 0.01, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 0.01} | ({"num_gpus": gpus} if gpus else {}),
         # The engine bounds its queue and answers 429 itself; Serve's bounds lie beyond, in case it cannot.
         max_ongoing_requests=2 * places + 64,
         max_queued_requests=2 * places + 64,

@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from signalbox import __version__
@@ -28,7 +29,7 @@ from signalbox.serving.expert_deployment import ExpertClient, deploy
 from signalbox.serving.live_state import LiveState
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
-from signalbox.serving.routing import Routing
+from signalbox.serving.routing import Routing, artifact_version, load_artifact
 from signalbox.serving.store import Store, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -56,11 +57,16 @@ class GatewayApp:
         self._routing = Routing(
             [name for name, expert in config.experts.items() if expert.routable],
             name=config.default_router,
-            artifact=router.artifact if router else None,
+            load=partial(load_artifact, router.artifact) if router else None,
         )
         clients = {name: ExpertClient(name, handle) for name, handle in experts.items()}
         self._dispatcher = Dispatcher(
-            config, experts=clients, live=self._live, routing=self._routing, store=self._store
+            config,
+            experts=clients,
+            live=self._live,
+            routing=self._routing,
+            router_version=artifact_version(router.artifact) if router else "",
+            store=self._store,
         )
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._chat},
@@ -383,10 +389,19 @@ class Gateway:
 
 
 def _leave_request_ids_to_us() -> None:
-    """Serve's HTTP server adds `X-Request-ID` to every reply, ours or not: without this there would be two."""
+    """Serve's HTTP server adds `X-Request-ID` to every reply, beside ours: put nothing in that middleware's place.
+
+    Ray 2.60 has no setting for it. What stands there must be a coroutine function, or uvicorn takes it for ASGI 2.
+    """
     from ray.serve._private import http_util
 
-    vars(http_util)["RequestIdMiddleware"] = lambda app: app
+    def pass_through(app: Any) -> Any:
+        async def call(scope: Any, receive: Any, send: Any) -> None:
+            await app(scope, receive, send)
+
+        return call
+
+    vars(http_util)["RequestIdMiddleware"] = pass_through
 
 
 def build_app(config: Config, store_url: str) -> Application:

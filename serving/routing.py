@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,17 @@ class _Waiting:
 
 
 class Routing:
-    """Micro-batching around one predictor. Without an artifact it predicts equal quality for all."""
+    """Micro-batching around one predictor, which `load` imports, reads and warms up in the worker thread.
 
-    def __init__(self, experts: Sequence[str], *, name: str = NO_ROUTER, artifact: Path | None = None) -> None:
+    Without `load` it knows nothing and says so. `experts` are those that `auto` may choose from.
+    """
+
+    def __init__(
+        self, experts: Sequence[str], *, name: str = NO_ROUTER, load: Callable[[], Predictor] | None = None
+    ) -> None:
         self._experts = tuple(experts)
-        self._name = name if artifact is not None else NO_ROUTER
-        self._artifact = artifact
+        self._name = name
+        self._load = load
         self._predictor: Predictor | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="router")
         self._waiting: deque[_Waiting] = deque()
@@ -66,24 +71,14 @@ class Routing:
         self.error: str | None = None
 
     @property
-    def version(self) -> str:
-        """Changes with the artifact; empty without one."""
-        if self._artifact is None:
-            return ""
-        try:
-            return str(json.loads((self._artifact / "router.json").read_text()).get("version", ""))
-        except (OSError, ValueError, AttributeError):
-            return "unreadable"
-
-    @property
     def ready(self) -> bool:
         """Whether loading has come to its end, well or badly."""
-        return self._artifact is None or self._loaded.is_set()
+        return self._load is None or self._loaded.is_set()
 
     def start(self) -> None:
         """Load and warm up the predictor in its thread; requests that come earlier wait for it."""
-        if self._artifact is not None:
-            self._task = asyncio.create_task(self._run(self._artifact), name="routing")
+        if self._load is not None:
+            self._task = asyncio.create_task(self._run(self._load), name="routing")
 
     async def close(self) -> None:
         """Stop; requests that wait are decided without a prediction."""
@@ -97,7 +92,7 @@ class Routing:
 
     async def predict(self, prompts: Sequence[Prompt]) -> Scores:
         """The experts' mean quality over the prompts of one request."""
-        if self._artifact is None:
+        if self._load is None:
             return self._unknown(NO_ROUTER)
         if self.error is not None:
             return self._unknown(FALLBACK)
@@ -124,11 +119,11 @@ class Routing:
     def _unknown(self, router: str) -> Scores:
         return Scores(dict.fromkeys(self._experts, UNKNOWN_QUALITY), 1.0, router)
 
-    async def _run(self, artifact: Path) -> None:
+    async def _run(self, load: Callable[[], Predictor]) -> None:
         loop = asyncio.get_running_loop()
         try:
             started = time.monotonic()
-            self._predictor = await loop.run_in_executor(self._worker, _load, artifact)
+            self._predictor = await loop.run_in_executor(self._worker, load)
             log.info("router %s is ready after %.1f s", self._name, time.monotonic() - started)
             missing = [name for name in self._experts if name not in self._predictor.experts]
             if missing:
@@ -187,14 +182,22 @@ class Routing:
             log.error("%s", message)
 
 
-def _load(artifact: Path) -> Predictor:
-    """Import, load and warm up; in the worker thread, for it takes seconds."""
+def load_artifact(path: Path) -> Predictor:
+    """Import, load and warm up the predictor of a router artifact; takes seconds."""
     from signalbox.router.artifact import load_predictor
 
-    predictor = load_predictor(artifact)
+    predictor = load_predictor(path)
     predictor.predict([Prompt("What is the capital of France?")])
     predictor.predict([Prompt("Write a Python function that reverses a list. " * n) for n in (1, 4)])
     return predictor
+
+
+def artifact_version(path: Path) -> str:
+    """What changes when the router is trained again; read without loading it."""
+    try:
+        return str(json.loads((path / "router.json").read_text())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unreadable"
 
 
 def _mean(prediction: Prediction, first: int, count: int) -> dict[str, tuple[float, float]]:
