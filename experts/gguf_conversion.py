@@ -139,6 +139,7 @@ def _instrumented(reader: Any, path: Path, progress: Progress) -> Iterator[None]
         nonlocal done
         if kind in plain:
             done += data.size
+            progress("dequantising", min(1.0, done / total))
             return original_dequantize(data, kind)
         shape = gguf.quant_shape_from_byte_shape(data.shape, kind)
         rows = data.reshape(-1, data.shape[-1])

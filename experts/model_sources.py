@@ -198,15 +198,24 @@ def _package_license(package: metadata.Distribution) -> str | None:
 
 def _on_hub(name: str, progress: Progress) -> Path:
     """The snapshot of a hub model, downloaded unless a complete one is in the hub's own cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelUnavailable(f"hf:{name} is not of the form hf:ORG/NAME")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    malformed = ModelUnavailable(f"hf:{name} is not of the form hf:ORG/NAME")
+    if name.count("/") != 1:
+        raise malformed
 
     # Weights in sub-folders are other formats of the same model.
     wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*.safetensors"]}
     try:
         return Path(snapshot_download(name, local_files_only=True, **wanted))
+    except HFValidationError:
+        raise malformed from None
     except LocalEntryNotFoundError:
         progress("downloading", 0.0)
     try:

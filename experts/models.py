@@ -16,7 +16,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -63,11 +63,15 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
     Raises `ModelUnavailable` with the remedy: package not installed, hub unreachable, checksum mismatch,
     pickled weights, a file that is no model.
     """
-    cache, progress = cache or default_cache(), progress or _unwatched
+    cache = default_cache() if cache is None else cache
+    progress = _unwatched if progress is None else progress
     source = locate(reference, progress)
     folder, stated = source.files[0], source.license
     if source.kind != "folder":
-        folder = _converted(source, cache, progress)
+        try:
+            folder = _converted(source, cache, progress)
+        except OSError as error:  # a full disk, a cache that is not ours to write
+            raise ModelUnavailable(f"cannot convert {reference} into {cache}: {error}") from error
         stated = stated or json.loads((folder / _MARKER).read_bytes()).get("license")
     config = _checked_config(folder)
     return LocalModel(
@@ -84,7 +88,8 @@ def fingerprint(reference: str, *, cache: Path | None = None, progress: Progress
 
     Reads all of it on the first call and remembers the digest by path, size and times. Raises as `resolve` does.
     """
-    cache, progress = cache or default_cache(), progress or _unwatched
+    cache = default_cache() if cache is None else cache
+    progress = _unwatched if progress is None else progress
     source = locate(reference, progress)
     if source.kind != "folder":
         return _content_sha256(source, cache, progress)[:16]
@@ -248,16 +253,17 @@ def _remember(path: Path, value: dict[str, Any]) -> None:
     encoded = json.dumps(value).encode()
     if path.is_file() and path.read_bytes() == encoded:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for other in path.parent.glob("*.json"):
-        try:
-            if not all(Path(file[0]).exists() for file in json.loads(other.read_bytes())["files"]):
-                other.unlink()
-        except (OSError, ValueError, KeyError, TypeError):
-            other.unlink(missing_ok=True)
-    written = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
-    written.write_bytes(encoded)
-    written.replace(path)
+    with suppress(OSError):  # not to be able to remember only costs time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob("*.json"):
+            try:
+                if not all(Path(file[0]).exists() for file in json.loads(other.read_bytes())["files"]):
+                    other.unlink()
+            except (ValueError, KeyError, TypeError):
+                other.unlink(missing_ok=True)
+        written = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
+        written.write_bytes(encoded)
+        written.replace(path)
 
 
 # Conversion, once

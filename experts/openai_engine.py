@@ -38,7 +38,7 @@ _MAX_ERROR = 64 << 10  # bytes read of an error reply
 _MAX_MESSAGE = 500  # characters handed on of the upstream's message
 _CONNECT_S = 10.0
 _DONE = b"[DONE]"
-_DRAIN_S = 0.05  # wait for the end of a reply after [DONE]: a connection read to its end can be used again
+_DRAIN_S = 0.2  # wait for the end of a reply after [DONE]: a connection read to its end can be used again
 
 
 @dataclass(slots=True)
