@@ -15,7 +15,6 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from signalbox import __version__
@@ -29,7 +28,7 @@ from signalbox.serving.expert_deployment import ExpertClient, deploy
 from signalbox.serving.live_state import LiveState
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
-from signalbox.serving.routing import Routing, artifact_version, load_artifact
+from signalbox.serving.routing import artifact_version, routing_of
 from signalbox.serving.store import Store, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -53,12 +52,8 @@ class GatewayApp:
         self._key_digest = _key_digest(config)
         self._store = Store(store_url)
         self._live = LiveState(self._store, config.experts)
+        self._routing = routing_of(config)
         router = config.routers.get(config.default_router)
-        self._routing = Routing(
-            [name for name, expert in config.experts.items() if expert.routable],
-            name=config.default_router,
-            load=partial(load_artifact, router.artifact) if router else None,
-        )
         clients = {name: ExpertClient(name, handle) for name, handle in experts.items()}
         self._dispatcher = Dispatcher(
             config,

@@ -156,6 +156,10 @@ class LiveState:
             except Exception:
                 log.exception("live state could not be refreshed")
 
+    def assume(self, states: Mapping[str, ExpertState]) -> None:
+        """Take these states for granted until the next `refresh`; for decisions without a running service."""
+        self._current.update(states)
+
     def expert(self, name: str) -> ExpertState:
         """The expert's state now. Where the store has never answered, it is taken to be ready."""
         return self._current.get(name) or ExpertState(ready=True, reason="unknown: the store does not answer")

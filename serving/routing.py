@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from signalbox.router.base import Prediction, Predictor, Prompt
+from signalbox.serving.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +192,16 @@ def load_artifact(path: Path) -> Predictor:
     predictor.predict([Prompt("What is the capital of France?")])
     predictor.predict([Prompt("Write a Python function that reverses a list. " * n) for n in (1, 4)])
     return predictor
+
+
+def routing_of(config: Config) -> Routing:
+    """The default router of a configuration, not started yet."""
+    router = config.routers.get(config.default_router)
+    return Routing(
+        [name for name, expert in config.experts.items() if expert.routable],
+        name=config.default_router if router else NO_ROUTER,
+        load=partial(load_artifact, router.artifact) if router else None,
+    )
 
 
 def artifact_version(path: Path) -> str:
