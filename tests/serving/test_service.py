@@ -1,0 +1,276 @@
+"""First light, for real: `signalbox serve` on the quickstart file, with Ray, HAProxy, Valkey and both models.
+
+One service for the whole file. What users do is done with what users have: the official client and plain HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 420  # a first start converts two models
+
+pytestmark = [pytest.mark.service, pytest.mark.models, pytest.mark.timeout(600)]
+
+
+@dataclass
+class Running:
+    url: str
+    process: subprocess.Popen[str]
+    output: Path
+
+    @property
+    def api(self) -> str:
+        return f"{self.url}/v1"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    output = tmp_path_factory.mktemp("service") / "output.txt"
+    with output.open("w") as sink:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("signalbox")), "serve", "examples/quickstart.yaml"],
+            cwd=ROOT,
+            env=os.environ | {"SIGNALBOX__SERVER__PORT": str(port)},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    ready = f"Signalbox is ready at {url}"
+    deadline = time.monotonic() + START_LIMIT_S
+    try:
+        while ready not in output.read_text().splitlines():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        yield Running(url, process, output)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(service: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=service.api, api_key="unused", max_retries=0, timeout=120)
+
+
+def chat(service: Running, **body: Any) -> httpx.Response:
+    defaults = {"model": "auto", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "Hi!"}]}
+    return httpx.post(f"{service.api}/chat/completions", json=defaults | body, timeout=120)
+
+
+def route(service: Running, prompt: str, **options: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": prompt}], "signalbox": options}
+    reply = httpx.post(f"{service.url}/v1/route", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_ready_and_the_pool(service: Running) -> None:
+    body = httpx.get(f"{service.url}/readyz").json()
+    assert body["ready"] and body["router"] == "ok"
+    assert all(expert["ready"] for expert in body["experts"].values())
+    assert httpx.get(f"{service.url}/healthz").status_code == 200
+    assert re.match(r"\d+\.\d+", httpx.get(f"{service.url}/version").json()["version"])
+    listed = {m["id"] for m in httpx.get(f"{service.api}/models").json()["data"]}
+    assert {"auto", "auto:gold", "auto:bronze", "smollm2", "gemma"} <= listed
+
+
+def test_auto_says_who_answered_and_why(service: Running) -> None:
+    reply = chat(service, messages=[{"role": "user", "content": "What is the capital of France?"}])
+    assert reply.status_code == 200, reply.text
+    body, headers = reply.json(), reply.headers
+    assert body["model"] in ("smollm2", "gemma") and headers["x-signalbox-expert"] == body["model"]
+    assert body["choices"][0]["message"]["content"]
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    assert headers["x-signalbox-router"] == "default" and 0 <= float(headers["x-signalbox-confidence"]) <= 1
+    assert headers["x-signalbox-attempts"] == "1" and float(headers["x-signalbox-overhead-ms"]) > 0
+    assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize("expert", ["smollm2", "gemma"])
+def test_each_model_writes_sense(client: openai.OpenAI, expert: str) -> None:
+    """Both know the capital of France; a broken conversion or template would not."""
+    reply = client.chat.completions.create(
+        model=expert,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=24,
+    )
+    assert "Paris" in (reply.choices[0].message.content or "")
+    assert reply.model == expert
+
+
+def test_the_official_client_streams(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="auto:gold",
+        messages=[{"role": "user", "content": "Count from one to ten in words."}],
+        max_tokens=20,
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0.7,
+        seed=3,
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(texts) > 3, "token by token, not all at once"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens <= 20
+
+
+def test_completions_and_logprobs(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="smollm2", prompt="Once upon a time", max_tokens=6, temperature=0, logprobs=2
+    )
+    assert reply.choices[0].text
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None and len(logprobs.token_logprobs or []) == reply.usage.completion_tokens  # type: ignore[union-attr]
+
+
+def test_sixteen_at_once(service: Running) -> None:
+    def one(i: int) -> httpx.Response:
+        return chat(service, messages=[{"role": "user", "content": f"Tell me about the number {i}."}], max_tokens=12)
+
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(one, range(16)))
+    assert [r.status_code for r in replies] == [200] * 16
+    assert all(r.json()["choices"][0]["message"]["content"] for r in replies)
+
+
+def test_the_same_question_again_is_a_cache_hit(service: Running) -> None:
+    question = {"messages": [{"role": "user", "content": f"Name a colour. ({time.time_ns()})"}]}
+    first, second = chat(service, **question), chat(service, **question)
+    assert first.headers["x-signalbox-cache"] == "miss" and second.headers["x-signalbox-cache"] == "hit"
+    assert first.json()["choices"] == second.json()["choices"]
+    streamed = chat(service, **question, stream=True)
+    assert streamed.headers["x-signalbox-cache"] == "hit" and streamed.text.endswith("data: [DONE]\n\n")
+    assert chat(service, **question, temperature=0.5).headers["x-signalbox-cache"] == "bypass"
+
+
+def test_the_router_tells_tasks_apart(service: Running) -> None:
+    """At `tradeoff` 0 the choice follows the predicted quality, and different prompts go to different experts."""
+    prompts = [
+        "What is 37 + 58?",
+        "Write a Python function that checks whether a string is a palindrome.",
+        "Classify the intent of the user's message.\n\nMessage: I lost my card",
+        "Tell me a story that begins like this: The last train had left an hour ago.",
+        "Natalia sold clips to 48 friends in April and half as many in May. How many did she sell altogether?",
+        "I still have not received my new card, when will it arrive?",
+    ]
+    plans = [route(service, p, cost_quality_tradeoff=0) for p in prompts]
+    for plan in plans:
+        best = max(plan["ratings"], key=lambda r: r["quality"])
+        assert plan["expert"] == best["expert"] and best["cost_usd"] > 0 and best["total_ms"] > 0
+    assert {plan["expert"] for plan in plans} == {"smollm2", "gemma"}
+    cheap = [route(service, p, cost_quality_tradeoff=10) for p in prompts]
+    assert {plan["expert"] for plan in cheap} == {"smollm2"}
+    flagged = route(service, "Tell me a story. [Flag: smallest model]")
+    assert flagged["flags"] and flagged["expert"] == "smollm2"
+
+
+def test_a_ceiling_strikes_out_and_is_named(service: Running) -> None:
+    body = {"model": "auto:bronze", "messages": [{"role": "user", "content": "Hi!"}]}
+    plan = httpx.post(f"{service.url}/v1/route", json=body).json()
+    struck = {r["expert"]: [s["constraint"] for s in r["strikes"]] for r in plan["ratings"]}
+    assert struck["gemma"] == ["max_cost_per_1m"] and plan["expert"] == "smollm2"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"model": "gpt-9"}, 404, "smollm2"),
+        ({"model": "auto:platinum"}, 404, "auto:gold"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"temperature": 9}, 400, "temperature"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": "hi"}, 400, "messages"),
+        ({"model": "smollm2", "messages": [{"role": "user", "content": "word " * 9000}]}, 400, "shorten the prompt"),
+        ({"model": "smollm2", "tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"signalbox": {"cost_quality": 3}}, 400, "cost_quality"),
+        ({"signalbox": {"allowed": ["none-*"]}}, 400, "no expert"),
+    ],
+)
+def test_bad_requests_get_a_reason(service: Running, body: dict[str, Any], status: int, says: str) -> None:
+    reply = chat(service, **body)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert says in error["message"] and set(error) == {"message", "type", "param", "code"}
+
+
+def test_malformed_json_and_unknown_routes(service: Running) -> None:
+    reply = httpx.post(f"{service.api}/chat/completions", content=b'{"model": "auto", ')
+    assert reply.status_code == 400 and "JSON" in reply.json()["error"]["message"]
+    assert httpx.get(f"{service.api}/nothing").status_code == 404
+    assert httpx.get(f"{service.api}/chat/completions").status_code == 405
+
+
+def test_a_client_that_leaves_frees_its_place(service: Running) -> None:
+    """A long answer is dropped after its first tokens; the expert stops working on it."""
+
+    def running(expert: str) -> int:
+        model = httpx.get(f"{service.api}/models/{expert}").json()
+        state = model["signalbox"]["state"]
+        return int(state["running"] + state["waiting"])
+
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Write a very long story."}], "stream": True}
+    body |= {"max_tokens": 4000, "temperature": 1.5, "seed": 1}
+    with httpx.stream("POST", f"{service.api}/chat/completions", json=body, timeout=60) as reply:
+        assert reply.status_code == 200
+        next(reply.iter_lines())
+        deadline = time.monotonic() + 10
+        while not running("smollm2"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    deadline = time.monotonic() + 10
+    while running("smollm2"):
+        assert time.monotonic() < deadline, "still generating for a client that has left"
+        time.sleep(0.1)
+
+
+def test_command_line_route(service: Running) -> None:
+    command = [str(Path(sys.executable).with_name("signalbox")), "route", "What is 2+2?", "--url", service.url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "smollm2" in done.stdout and "gemma" in done.stdout
+
+
+def test_everything_listens_on_loopback_only(service: Running) -> None:
+    family = [psutil.Process(service.process.pid), *psutil.Process(service.process.pid).children(recursive=True)]
+    listening = {
+        c.laddr.ip for process in family for c in process.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::1"}
+
+
+def test_zz_ctrl_c_leaves_nothing_behind(service: Running) -> None:
+    """Last, for it ends the service."""
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    assert len(family) > 5
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(60) == 0, service.output.read_text()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, alive
