@@ -124,6 +124,7 @@ class EmbeddedValkey:
             "logfile": _quoted(self._folder / "valkey.log"),
             "loglevel": "warning",
             "daemonize": "no",
+            "set-proc-title": "no",
             "save": '""',
             "appendonly": "yes" if self._data_dir else "no",
             "maxmemory": f"{self._max_memory_mib}mb",

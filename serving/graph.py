@@ -75,7 +75,7 @@ class _Terminal:
 
 
 def serve_forever(path: Path, config: Config, *, build_app: BuildApp | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code (0: stopped as asked, 1: could not start, or died).
+    """Serve until SIGINT or SIGTERM; returns the exit code: 0 stopped as asked, 1 failed, 130 killed in the end.
 
     `build_app(config, store_url)` makes the Serve application; the default is the gateway's. When this returns, no
     process that was started is left, nor a file, except Ray's logs after a failure.
@@ -94,7 +94,7 @@ def serve_forever(path: Path, config: Config, *, build_app: BuildApp | None = No
     folder = Path(tempfile.mkdtemp(prefix="sbx-", dir=base if len(base) <= 16 else "/tmp"))
     try:
         code = run_supervised(lambda: _Service(path, config, folder, build_app or _gateway).run())
-        if code and (folder / "ray").exists():
+        if code == 1 and (folder / "ray").exists():
             console.print(f"Ray's logs are kept in {folder}", markup=False)
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,6 +143,7 @@ class _Service:
                 self._terminal.say(f"Signalbox is ready at {self._url}")
                 self._wait()
         except (Stop, SystemExit):  # SystemExit: Ray's own handler of SIGTERM, during its start
+            shutil.rmtree(self._folder, ignore_errors=True)  # here as well, in case the supervisor was killed
             console.print("Stopped.")
             return 0
         except (StartError, ValkeyError) as error:

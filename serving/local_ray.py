@@ -176,8 +176,8 @@ class LocalRay:
         return [name for name, _ in self._node.dead_processes()] if self._node is not None else []
 
     def stop(self) -> None:
-        """Stop Serve, then Ray. What is left after an error here, the caller kills."""
-        if self._node is None:
+        """Stop Serve, then Ray, if it lives; what is left the caller kills."""
+        if self._node is None or self.dead():  # a stop by the rules would wait for answers of the dead
             return
         import ray
         from ray import serve

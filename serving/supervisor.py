@@ -36,10 +36,11 @@ def stop_on_signals() -> None:
 
 
 def run_supervised(work: Callable[[], int], *, grace_s: int = 30) -> int:
-    """Run `work` in a child process and return the exit code for ours: its own, or 1 if it was killed.
+    """Run `work` in a child process and return the exit code for ours.
 
     The first SIGINT, SIGTERM or SIGHUP asks the child to stop (it gets SIGTERM); a second one, or `grace_s` seconds,
-    kills. `work` runs with the signals' default actions and must call `stop_on_signals` for a clean end.
+    kills. The exit code is the child's own; 130 if it was killed after a signal, 1 if it died by itself. `work` runs
+    with the signals' default actions and must call `stop_on_signals` for a clean end.
     """
     adopt_orphans()
     parent = os.getpid()
@@ -74,7 +75,9 @@ def run_supervised(work: Callable[[], int], *, grace_s: int = 30) -> int:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         kill_descendants()
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+    if os.WIFEXITED(status):
+        return os.WEXITSTATUS(status)
+    return 130 if asked else 1
 
 
 def _work(work: Callable[[], int], parent: int) -> None:

@@ -1,10 +1,10 @@
 """Runs `serve_forever` with a tiny Serve application in the gateway's place: what is tested is start and stop.
 
-Usage: python serve_standin.py CONFIG [slow|stubborn|broken]
+Usage: python serve_standin.py CONFIG [stubborn|broken]
 """
 
 import os
-import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,10 +19,8 @@ def build_app(config: Config, store_url: str):  # type: ignore[no-untyped-def]
     import logging
 
     from ray import serve
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse
-    from starlette.routing import Route
 
     manner = MANNER
     if manner == "broken":
@@ -31,11 +29,8 @@ def build_app(config: Config, store_url: str):  # type: ignore[no-untyped-def]
     @serve.deployment(ray_actor_options={"num_cpus": 0.01})
     class Expert:
         def __init__(self) -> None:
-            if manner == "stubborn":  # a process that ignores every polite request to end, and has a child
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                import subprocess
-
-                subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            if manner == "stubborn":  # it takes its time to end, and its child ignores every polite request to
+                subprocess.Popen(["/bin/sh", "-c", "trap '' TERM INT HUP; sleep 1000"], start_new_session=True)
 
         def __del__(self) -> None:
             if manner == "stubborn":
@@ -44,20 +39,16 @@ def build_app(config: Config, store_url: str):  # type: ignore[no-untyped-def]
         async def pid(self) -> int:
             return os.getpid()
 
-    async def readyz(request: Request) -> JSONResponse:
-        return JSONResponse({"experts": {name: {"ready": True} for name in config.experts}})
-
-    async def hop(request: Request) -> JSONResponse:
-        logging.getLogger("signalbox.standin").warning("a line from a replica")
-        return JSONResponse({"pid": await request.app.state.expert.pid.remote(), "store": store_url})
-
-    starlette = Starlette(routes=[Route("/readyz", readyz), Route("/hop", hop)])
-
     @serve.deployment(ray_actor_options={"num_cpus": 0.01}, num_replicas=config.server.gateways)
-    @serve.ingress(starlette)
     class Gateway:
-        def __init__(self, handle) -> None:  # type: ignore[no-untyped-def]
-            starlette.state.expert = handle
+        def __init__(self, expert) -> None:  # type: ignore[no-untyped-def]
+            self.expert = expert
+
+        async def __call__(self, request: Request) -> JSONResponse:
+            if request.url.path == "/readyz":
+                return JSONResponse({"experts": {name: {"ready": True} for name in config.experts}})
+            logging.getLogger("signalbox.standin").warning("a line from a replica")
+            return JSONResponse({"pid": await self.expert.pid.remote(), "store": store_url})
 
     return Gateway.bind(Expert.bind())
 
