@@ -112,7 +112,7 @@ def results(result: Evaluation, name: str) -> list[Row]:
 
 def main(
     config: Annotated[Path, typer.Option(help="configuration of the pool")] = ROOT / "examples" / "quickstart.yaml",
-    rows_per_task: Annotated[int, typer.Option(min=10, help="most texts of a task")] = 150,
+    rows_per_task: Annotated[int, typer.Option(min=10, help="most texts of a task")] = 250,
     out: Annotated[Path, typer.Option(help="folder of the artifact")] = ROOT / "routers" / "quickstart",
     table: Annotated[Path, typer.Option(help="table of losses")] = ROOT / ".run" / "router_quickstart.parquet",
     reuse: Annotated[bool, typer.Option(help="train on the table as it is there, without collecting")] = False,

@@ -114,7 +114,7 @@ class SentenceEncoder:
         if not missing:
             return out
         places = list(missing.values())
-        ids = [e.ids for e in self._tokenizer.encode_batch([texts[p[0]][:MAX_CHARACTERS] for p in places])]
+        ids = [e.ids for e in self._tokenizer.encode_batch([_clean(texts[p[0]]) for p in places])]
         for batch in _batches([len(i) for i in ids], self._batch_tokens):
             vectors = self._forward([ids[b] for b in batch])
             for b, vector in zip(batch, vectors, strict=True):
@@ -147,6 +147,11 @@ class SentenceEncoder:
         hidden = self._model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
         mean = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
         return torch.nn.functional.normalize(mean, dim=1).numpy()
+
+
+def _clean(text: str) -> str:
+    """The beginning of a text, without lone surrogates, which JSON can carry and tokenizers refuse."""
+    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _cpu_has_bf16() -> bool:

@@ -76,7 +76,7 @@ def evaluate(
     *,
     artifact: Artifact | None = None,
     neighbours: dict[str, NDArray[Any]] | None = None,
-    decisions: int = 200,
+    decisions: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Judge `predictor` on the rows of `table` whose prompt is not among those that `artifact` was trained on.

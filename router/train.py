@@ -115,4 +115,4 @@ def best_of_task(rows: Table) -> dict[str, str]:
     """The expert with the best mean score on each task: what a router that was told the task would choose."""
     tasks = np.array(rows.task)
     named = sorted(set(rows.task) - {""})
-    return {task: rows.models[int(rows.score[tasks == task].mean(axis=0).argmax())] for task in named}
+    return {str(task): rows.models[int(rows.score[tasks == task].mean(axis=0).argmax())] for task in named}

@@ -53,8 +53,8 @@ def collect_command(
         paths = [*(texts or []), *(more_texts or [])]
         if not paths:
             raise typer.BadParameter("name at least one file of texts: --texts PATH...")
-        chosen = read_texts(paths, limit)
         experts = _pool_of(load_config(config).experts, pool)
+        chosen = read_texts(paths, limit)
         journal = out.with_name(f"{out.name}.partial.jsonl")
         collected = asyncio.run(collect_pool(experts, chosen, journal, concurrency))
         write_table(collected.table, out)
