@@ -306,6 +306,9 @@ class ExpertClient:
             finished = True
             raise QueueFull(f"expert {self.name!r} has too many requests queued") from error
         except Exception as error:  # Ray's and gRPC's: the replica died, is being replaced, or cannot be reached
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # some handles tell a cancellation by an error of their own
+                raise asyncio.CancelledError from None
             log.warning("request %s: expert %s cannot be reached: %r", request.request_id, self.name, error)
             raise ExpertUnavailable(f"expert {self.name!r} cannot be reached") from error
         finally:

@@ -84,6 +84,7 @@ class Routing:
 
     async def close(self) -> None:
         """Stop; requests that wait are decided without a prediction."""
+        self.error = "closed"
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -142,7 +143,12 @@ class Routing:
             await self._news.wait()
             self._news.clear()
             while self._waiting:
-                await self._predict_batch(loop, self._predictor, self._take(MAX_BATCH))
+                batch = self._take(MAX_BATCH)
+                try:
+                    await self._predict_batch(loop, self._predictor, batch)
+                finally:
+                    for waiting in batch:
+                        waiting.result.cancel()  # only where the router was closed meanwhile
 
     async def _predict_batch(
         self, loop: asyncio.AbstractEventLoop, predictor: Predictor, batch: list[_Waiting]
