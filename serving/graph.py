@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.spinner import Spinner
 
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.serving import local_ray, logs
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 BuildApp = Callable[[Config, str], "Application"]
 
 _EXPERTS_WAIT_S = 600.0  # for a model to load
+_FAILED_WAIT_S = 20.0  # when every expert has failed: they try again by themselves, once or twice in this time
 _LAST_LINES = 15
 
 
@@ -45,6 +48,9 @@ class StartError(Exception):
 
 @dataclass(slots=True)
 class _Step:
+    """One step of the start: `detail` is what it came to, `show` what is being done."""
+
+    show: Callable[[str], None]
     detail: str = ""
 
 
@@ -60,10 +66,13 @@ class _Terminal:
     def step(self, name: str, doing: str) -> Iterator[_Step]:
         """Show what is being done, then what it came to and the time it took."""
         started = time.monotonic()
-        step = _Step()
-        with self.console.status(f"{name}: {doing}") if self.console.is_terminal else contextlib.nullcontext():
+        spinner = Spinner("dots", f"{name}: {doing}")
+        # Not console.status(): it would show what Ray writes to sys.stderr.
+        live = Live(spinner, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        step = _Step(show=lambda text: spinner.update(text=f"{name}: {escape(text)}"))
+        with live if self.console.is_terminal else contextlib.nullcontext():
             yield step
-        self.console.print(f"  {name:<8}{step.detail} [dim]({time.monotonic() - started:.1f} s)[/]")
+        self.console.print(f"  {name:<8}{escape(step.detail)} [dim]({time.monotonic() - started:.1f} s)[/]")
 
     def say(self, text: str) -> None:
         """A line on standard output, as it is."""
@@ -169,7 +178,7 @@ class _Service:
             gateways, experts = self._config.server.gateways, len(self._config.experts)
             step.detail = f"{gateways} gateway{'s' * (gateways > 1)}, {experts} expert{'s' * (experts > 1)}"
         with self._terminal.step("experts", "loading") as step:
-            step.detail = self._await_readiness()
+            step.detail = self._await_readiness(step.show)
         self._check_listeners()
         self._terminal.console.print(f"  started in {time.monotonic() - started:.1f} s", style="dim")
 
@@ -222,21 +231,26 @@ class _Service:
             stop_on_signals()  # Ray has put its own handler of SIGTERM in place
             step.detail = "on this machine"
 
-    def _await_readiness(self) -> str:
+    def _await_readiness(self, show: Callable[[str], None]) -> str:
         """Wait until every expert is ready or has failed and at least one is ready; returns what they said."""
-        said: dict[str, str] = {}
+        states, hopeless_since = "", None
         deadline = time.monotonic() + _EXPERTS_WAIT_S
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
                 with contextlib.suppress(httpx.HTTPError, ValueError):
                     reply = client.get(f"{self._url}/readyz")
                     said = _readiness(reply.json())
+                    states = ", ".join(f"{name} {state}" for name, state in said.items())
                     if reply.status_code == 200 and "starting" not in said.values():
-                        return ", ".join(f"{name} {state}" for name, state in said.items())
+                        return states
+                    show(states)
+                    hopeful = not said or {"ready", "starting"} & set(said.values())
+                    hopeless_since = None if hopeful else hopeless_since or time.monotonic()
+                if hopeless_since and time.monotonic() - hopeless_since > _FAILED_WAIT_S:
+                    raise StartError(f"no expert can be used: {states}")
                 self._check_ray()
                 time.sleep(0.1)
-        states = "; ".join(f"{name}: {state}" for name, state in said.items()) or "the gateway does not answer"
-        raise StartError(f"no expert was ready within {_EXPERTS_WAIT_S:.0f} s ({states})")
+        raise StartError(f"not ready within {_EXPERTS_WAIT_S:.0f} s: {states or 'the gateway does not answer'}")
 
     def _check_listeners(self) -> None:
         """Nothing of ours but the service itself may be reachable from outside, and the service must be ours."""

@@ -54,14 +54,14 @@ def redact(url: str) -> str:
 class Store:
     """Keys, hashes and expiry in a Redis-compatible server, for use within one event loop.
 
-    Keys are prefixed `signalbox:`. At most `max_connections` are open; getting one, and the command itself, take at
-    most `timeout_s` seconds each. After a failure the store counts as lost for `retry_after_s` seconds: callers get
-    `StoreUnavailable` at once, then one of them tries again for all. Loss and return are each logged once.
+    Keys are prefixed `signalbox:`. At most `max_connections` are open; getting one, and each of two attempts at the
+    command, take at most `timeout_s` seconds. After a failure the store counts as lost for `retry_after_s` seconds:
+    callers get `StoreUnavailable` at once, then one of them tries again for all. Loss and return are each logged once.
     Raises `ValueError` on an address that cannot be read.
     """
 
     def __init__(
-        self, url: str, *, max_connections: int = 32, timeout_s: float = 0.5, retry_after_s: float = 1.0
+        self, url: str, *, max_connections: int = 32, timeout_s: float = 1.0, retry_after_s: float = 1.0
     ) -> None:
         self.url = redact(url)
         try:
@@ -71,8 +71,10 @@ class Store:
                 timeout=timeout_s,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
-                # One immediate retry replaces a pooled connection that the server closed meanwhile.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis_errors.ConnectionError,)),
+                # One immediate retry: a pooled connection may have been closed by the server meanwhile, and a timeout
+                # may only mean that this process's event loop stood still (a model being loaded holds it up).
+                # All commands here can be repeated without harm.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis_errors.ConnectionError, redis_errors.TimeoutError)),
             )
         except (ValueError, TypeError, redis_errors.RedisError):  # their text may quote a password
             raise ValueError("the store's address cannot be read; it is redis://[:PASSWORD@]HOST:PORT/DB") from None
