@@ -52,7 +52,7 @@ def main(haproxy: str, host: str, port: str, *arguments: str) -> None:
 def _rewritten(source: str, host: str, port: int) -> str:
     target = f"{source}.loopback"
     draft = f"{target}.{os.getpid()}"
-    with open(source) as old, open(draft, "w") as new:  # noqa: PTH123 (pathlib costs a third of the start)
+    with open(source) as old, open(draft, "w") as new:  # noqa: PTH123 (importing pathlib would slow each start)
         new.write(rewrite(old.read(), host, port))
     os.replace(draft, target)  # noqa: PTH105 (whole at once: another HAProxy may be starting)
     return target
