@@ -63,7 +63,7 @@ def print_table(rows: Sequence[Row], title: str = "", console: Console | None = 
     for column in ("case", "metric"):
         table.add_column(column, overflow="fold")
     for column in ("value", "low", "high", "reference"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True, min_width=7)
     for column in ("unit", "goal", "met"):
         table.add_column(column, overflow="fold")
     for row in rows:

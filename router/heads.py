@@ -6,21 +6,30 @@ structural features; a head that leaves the latter out has zero weights there, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
 
 from signalbox.router.artifact import Artifact, ArtifactError
 
 Matrix = NDArray[Any]
+# Features of all rows [n, k], made with no more than the training rows in the mask.
+Basis = Callable[[Matrix], Matrix]
 
 # From simple to elaborate: the order in which a tie is broken.
-KINDS = ("ridge", "ridge+structure", "mlp")
-PENALTIES = np.logspace(-2, 5, 22)
+KINDS = ("ridge", "ridge+structure", "kernel", "mlp")
+PENALTIES = np.logspace(-3, 5, 25)
+LANDMARKS = 256
+# Rows among which landmarks are sought: enough for as many centres, and it bounds the time.
+MAX_CLUSTERED = 4096
+# Embeddings have length 1, so squared distances lie between 0 and 2 (and twice that with structural features).
+GAMMA = 1.0
 HIDDEN = 64
 MAX_EPOCHS, PATIENCE, BATCH = 60, 6, 128
 
@@ -46,7 +55,7 @@ class Head(Protocol):
 
     @property
     def kind(self) -> str:
-        """`linear` or `mlp`."""
+        """`linear`, `kernel` or `mlp`."""
 
     def __call__(self, features: Matrix) -> NDArray[np.float32]:
         """Predict."""
@@ -70,6 +79,28 @@ class Linear:
     def tensors(self, prefix: str) -> dict[str, Matrix]:
         """What an artifact keeps."""
         return {f"{prefix}weight": self.weight, f"{prefix}bias": self.bias}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A linear function of Gaussian similarities to landmarks: scale float32 [d], landmarks float32 [m, d] (scaled)."""
+
+    scale: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+    top: Linear
+    kind: str = "kernel"
+
+    def __call__(self, features: Matrix) -> NDArray[np.float32]:
+        """Predict."""
+        return self.top(_similarity(features * self.scale, self.landmarks))
+
+    def tensors(self, prefix: str) -> dict[str, Matrix]:
+        """What an artifact keeps."""
+        return {
+            f"{prefix}scale": self.scale,
+            f"{prefix}landmarks": self.landmarks,
+            **self.top.tensors(f"{prefix}top."),
+        }
 
 
 @dataclass(frozen=True)
@@ -102,13 +133,15 @@ def fit(name: str, data: Data, seed: int) -> Fit:
     """Fit one of `KINDS`; deterministic for a seed."""
     if name == "mlp":
         return _fit_mlp(data, seed)
-    return _fit_ridge(data, structure=name == "ridge+structure")
+    if name == "kernel":
+        return _fit_kernel(data, seed)
+    return _fit_linear(data, structure=name == "ridge+structure")
 
 
 # Ridge regression in closed form
 
 
-class _RidgePath:
+class RidgePath:
     """Ridge solutions for all penalties from one eigendecomposition; the intercept is not penalised."""
 
     def __init__(self, x: Matrix, y: Matrix) -> None:
@@ -118,14 +151,27 @@ class _RidgePath:
         self.projected = self.vectors.T @ (centred.T @ (y - self.y_mean))
 
     def weight(self, penalty: float) -> Matrix:
+        """float [d, E]."""
         shrunk = self.projected / (np.maximum(self.values, 0.0) + penalty)[:, None]
         return self.vectors @ shrunk
 
     def predict(self, x: Matrix, penalty: float) -> Matrix:
+        """float [n, E]."""
         return (x - self.x_mean) @ self.weight(penalty) + self.y_mean
 
 
-def _scaling(data: Data, structure: bool) -> tuple[Matrix, Matrix]:
+def out_of_fold(basis: Basis, y: Matrix, data: Data) -> Matrix:
+    """Ridge predictions [penalties, n, k] for rows that each was not fitted on."""
+    guesses = np.empty((len(PENALTIES), *y.shape))
+    for training, held in data.splits():
+        x = basis(training)
+        path = RidgePath(x[training], y[training])
+        for i, penalty in enumerate(PENALTIES):
+            guesses[i, held] = path.predict(x[held], penalty)
+    return guesses
+
+
+def scaling(data: Data, structure: bool = True) -> tuple[Matrix, Matrix]:
     """Shift and scale [d]. The embedding keeps its own scale; structural features get as much variance as all of it."""
     x = data.features.astype(np.float64)
     shift, scale = x.mean(axis=0), np.ones(x.shape[1])
@@ -136,49 +182,72 @@ def _scaling(data: Data, structure: bool) -> tuple[Matrix, Matrix]:
     return shift, scale
 
 
-def _split_labels(labels: Matrix) -> tuple[Matrix, Matrix]:
-    """A row's mean over experts (how hard the prompt is) and what each expert is off it (who should have it)."""
-    mean = labels.mean(axis=1, keepdims=True)
-    return mean, labels - mean
+def _ridge(basis: Basis, data: Data) -> tuple[Linear, Matrix, dict[str, Any]]:
+    """Ridge on a basis: the head on it, out-of-fold predictions, figures.
+
+    A row's mean over experts (how hard the prompt is) and each expert's difference from it (who should have it)
+    have a penalty each, the one with the least out-of-fold squared error: the differences decide the routing, and
+    are far fainter.
+    """
+    e = data.labels.shape[1]
+    mean = data.labels.mean(axis=1, keepdims=True)
+    y = np.hstack([mean, data.labels - mean])
+    guesses = out_of_fold(basis, y, data)
+    errors = (guesses - y) ** 2
+    at_mean, at_differences = (int(np.argmin(errors[..., c].sum(axis=(1, 2)))) for c in (slice(0, 1), slice(1, e + 1)))
+    x = basis(np.ones(len(y), dtype=bool))
+    path = RidgePath(x, y)
+    weight = path.weight(PENALTIES[at_mean])[:, :1] + path.weight(PENALTIES[at_differences])[:, 1:]
+    bias = path.y_mean[:1] + path.y_mean[1:] - path.x_mean @ weight
+    figures = {
+        "penalty_mean": float(PENALTIES[at_mean]),
+        "penalty_differences": float(PENALTIES[at_differences]),
+    }
+    return Linear(weight, bias), guesses[at_mean][:, :1] + guesses[at_differences][:, 1:], figures
 
 
-def _fit_ridge(data: Data, structure: bool) -> Fit:
-    """Difficulty and differences have a penalty each: the differences decide the routing and are far fainter."""
-    shift, scale = _scaling(data, structure)
+def _fit_linear(data: Data, structure: bool) -> Fit:
+    shift, scale = scaling(data, structure)
     x = (data.features - shift) * scale
-    weight: Matrix = np.zeros((x.shape[1], data.labels.shape[1]))
-    bias: Matrix = np.zeros(data.labels.shape[1])
-    out: Matrix = np.zeros(data.labels.shape)
-    penalties = []
-    for part in _split_labels(data.labels):
-        guesses, penalty = _cross_validate(x, part, data)
-        path = _RidgePath(x, part)
-        solution = path.weight(penalty)
-        weight = weight + solution
-        bias = bias + path.y_mean - path.x_mean @ solution
-        out = out + guesses
-        penalties.append(float(penalty))
-    weight = weight * scale[:, None]
-    bias = bias - shift @ weight
-    figures = {"penalty_mean": penalties[0], "penalty_differences": penalties[1]}
-    return Fit(Linear(weight.astype(np.float32), bias.astype(np.float32)), out, figures)
+    found, guesses, figures = _ridge(lambda _: x, data)
+    weight = found.weight * scale[:, None]
+    bias = found.bias - shift @ weight
+    return Fit(Linear(weight.astype(np.float32), bias.astype(np.float32)), guesses, figures)
 
 
-def _cross_validate(x: Matrix, y: Matrix, data: Data) -> tuple[Matrix, float]:
-    """Out-of-fold predictions [n, k] at the penalty with the least out-of-fold squared error, and that penalty."""
-    guesses = _out_of_fold(x, y, data)
-    best = int(np.argmin(((guesses - y) ** 2).sum(axis=(1, 2))))
-    return guesses[best], float(PENALTIES[best])
+# Kernel ridge by the Nyström method, with k-means centres as landmarks (Zhang et al., ICML 2008)
 
 
-def _out_of_fold(x: Matrix, y: Matrix, data: Data) -> Matrix:
-    """Predictions [penalties, n, k] for rows that each was not fitted on."""
-    guesses = np.empty((len(PENALTIES), *y.shape))
-    for training, held in data.splits():
-        path = _RidgePath(x[training], y[training])
-        for i, penalty in enumerate(PENALTIES):
-            guesses[i, held] = path.predict(x[held], penalty)
-    return guesses
+def _fit_kernel(data: Data, seed: int) -> Fit:
+    """Gaussian kernel ridge: linear near the training rows, and at their mean where nothing is known."""
+    _, scale = scaling(data)
+    x = data.features * scale
+
+    def landmarks(rows: Matrix) -> tuple[Matrix, Matrix]:
+        """Landmarks [m, d], and the matrix [m, k] that makes similarities to them orthonormal features."""
+        rng = np.random.default_rng(seed)
+        some = rng.permutation(np.flatnonzero(rows))[:MAX_CLUSTERED]
+        count = min(LANDMARKS, max(2, len(some) // 4))
+        centres, _ = kmeans2(x[some], count, iter=10, minit="++", rng=rng)
+        values, vectors = np.linalg.eigh(_similarity(centres, centres))
+        kept = values > 1e-5 * values[-1]
+        return centres, vectors[:, kept] / np.sqrt(values[kept])
+
+    def basis(rows: Matrix) -> Matrix:
+        centres, whiten = landmarks(rows)
+        return _similarity(x, centres) @ whiten
+
+    found, guesses, figures = _ridge(basis, data)
+    centres, whiten = landmarks(np.ones(len(x), dtype=bool))
+    top = Linear((whiten @ found.weight).astype(np.float32), found.bias.astype(np.float32))
+    head = Kernel(scale.astype(np.float32), centres.astype(np.float32), top)
+    return Fit(head, guesses, {"landmarks": len(centres), **figures})
+
+
+def _similarity(a: Matrix, b: Matrix) -> Matrix:
+    """exp(-GAMMA * squared distance), [n, m]."""
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+    return np.exp(-GAMMA * np.maximum(squares, 0.0))
 
 
 # A small MLP
@@ -186,7 +255,7 @@ def _out_of_fold(x: Matrix, y: Matrix, data: Data) -> Matrix:
 
 def _fit_mlp(data: Data, seed: int) -> Fit:
     """Each fold stops early on a tenth of its own training rows; the final fit runs for the median of their epochs."""
-    shift, scale = _scaling(data, structure=True)
+    shift, scale = scaling(data)
     x = (data.features - shift) * scale
     # The usual initialisation expects features of unit variance.
     unit = np.sqrt(x.shape[1] / max(float(x.var(axis=0).sum()), 1e-12))
@@ -213,7 +282,7 @@ def _fit_mlp(data: Data, seed: int) -> Fit:
 
 def _train_mlp(x: Matrix, y: Matrix, rows: Matrix, stop: Matrix | None, seed: int, epochs: int) -> tuple[Mlp, int]:
     """Train on `rows`; with `stop` rows, keep the epoch that predicts them best. Returns the net and that epoch."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         net = torch.nn.Sequential(
             torch.nn.Dropout(0.1),
@@ -244,65 +313,20 @@ def _train_mlp(x: Matrix, y: Matrix, rows: Matrix, stop: Matrix | None, seed: in
         return (_export(net), epochs) if stop is None else (best, best_epoch)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches this small only lose by more threads: on a busy machine, a factor of ten and more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _export(net: torch.nn.Sequential) -> Mlp:
     state = {name: tensor.detach().numpy().copy() for name, tensor in net.state_dict().items()}
     return Mlp(Linear(state["1.weight"].T, state["1.bias"]), Linear(state["4.weight"].T, state["4.bias"]))
-
-
-# Uncertainty
-
-
-@dataclass(frozen=True)
-class DeviationHead:
-    """Standard deviation of the quality: exp of a linear function of the features, within the range seen in training.
-
-    `low` and `high` are float32 [E], natural logarithms of standard deviations.
-    """
-
-    line: Linear
-    low: NDArray[np.float32]
-    high: NDArray[np.float32]
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, features: Matrix) -> NDArray[np.float32]:
-        """float32 [n, E], positive."""
-        return np.exp(np.clip(self.line(features), self.low, self.high))
-
-    def tensors(self, prefix: str) -> dict[str, Matrix]:
-        """What an artifact keeps."""
-        return {**self.line.tensors(prefix), f"{prefix}low": self.low, f"{prefix}high": self.high}
-
-
-def fit_deviation(data: Data, residuals: Matrix) -> DeviationHead:
-    """Regress the logarithm of squared out-of-fold residuals [n, E], again out of fold, and calibrate its scale.
-
-    The penalty is the one with the greatest Gaussian likelihood of the residuals; the greatest penalty is as good
-    as a constant deviation for each expert, so heteroscedasticity has to earn its place.
-    """
-    shift, scale = _scaling(data, structure=True)
-    x = (data.features - shift) * scale
-    squares = residuals.astype(np.float64) ** 2
-    floor = 1e-4 * squares.mean(axis=0) + 1e-10
-    y = np.log(squares + floor)
-    guesses = _out_of_fold(x, y, data)
-    # exp(mean of a logarithm) is not the mean: one factor for each penalty and expert makes up for it.
-    guesses += np.log(np.mean((squares + floor) / np.exp(guesses), axis=1, keepdims=True))
-    likelihood = -0.5 * (guesses + (squares + floor) / np.exp(guesses)).mean(axis=(1, 2))
-    best = int(np.argmax(likelihood))
-    path = _RidgePath(x, y)
-    weight = path.weight(PENALTIES[best])
-    fitted = x @ weight
-    # The final fit sees its own rows: only its slope is taken, the level comes from the out-of-fold calibration.
-    level = guesses[best].mean(axis=0) - fitted.mean(axis=0)
-    low, high = np.quantile(guesses[best], [0.01, 0.99], axis=0)
-    weight = weight * scale[:, None]
-    line = Linear((weight / 2).astype(np.float32), ((level - shift @ weight) / 2).astype(np.float32))
-    figures = {
-        "penalty": float(PENALTIES[best]),
-        "log_likelihood": float(likelihood[best]),
-        "log_likelihood_constant": float(likelihood[-1]),
-    }
-    return DeviationHead(line, (low / 2).astype(np.float32), (high / 2).astype(np.float32), figures)
 
 
 # Loading
@@ -311,23 +335,24 @@ def fit_deviation(data: Data, residuals: Matrix) -> DeviationHead:
 def load_head(artifact: Artifact, prefix: str, kind: str, width: int, columns: Sequence[int]) -> Head:
     """The head in an artifact, for the experts at these columns. Raises `ArtifactError`."""
     if kind == "linear":
-        return _load_linear(artifact, prefix, width, columns)
+        return load_linear(artifact, prefix, width, columns)
+    if kind == "kernel":
+        count = len(artifact.tensors.get(f"{prefix}landmarks", ()))
+        return Kernel(
+            artifact.tensor(f"{prefix}scale", width),
+            artifact.tensor(f"{prefix}landmarks", count, width),
+            load_linear(artifact, f"{prefix}top.", count, columns),
+        )
     if kind == "mlp":
         first = Linear(
             artifact.tensor(f"{prefix}first.weight", width, HIDDEN), artifact.tensor(f"{prefix}first.bias", HIDDEN)
         )
-        return Mlp(first, _load_linear(artifact, f"{prefix}second.", HIDDEN, columns))
+        return Mlp(first, load_linear(artifact, f"{prefix}second.", HIDDEN, columns))
     raise ArtifactError(f"{artifact.path or 'router artifact'}: unknown head {kind!r}; train it again")
 
 
-def load_deviation(artifact: Artifact, prefix: str, width: int, columns: Sequence[int]) -> DeviationHead:
-    """The uncertainty head in an artifact, for the experts at these columns. Raises `ArtifactError`."""
-    n, picked = len(artifact.experts), list(columns)
-    low, high = artifact.tensor(f"{prefix}low", n)[picked], artifact.tensor(f"{prefix}high", n)[picked]
-    return DeviationHead(_load_linear(artifact, prefix, width, columns), low, high)
-
-
-def _load_linear(artifact: Artifact, prefix: str, width: int, columns: Sequence[int]) -> Linear:
+def load_linear(artifact: Artifact, prefix: str, width: int, columns: Sequence[int]) -> Linear:
+    """A linear head, or the last layer of another. Raises `ArtifactError`."""
     n, picked = len(artifact.experts), list(columns)
     weight = artifact.tensor(f"{prefix}weight", width, n)[:, picked]
     return Linear(np.ascontiguousarray(weight), artifact.tensor(f"{prefix}bias", n)[picked])

