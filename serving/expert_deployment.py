@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from signalbox.experts.base import (
@@ -273,10 +273,16 @@ def _replica_rank() -> int:
 
 
 class ExpertClient:
-    """The gateway's side of the hop: an `Engine`-like `generate` over a deployment's handle."""
+    """The gateway's side of the hop: an `Engine`-like `generate` over a deployment's handle.
 
-    def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
+    `on_unreachable` is called with the expert's name when a replica could not be reached or was lost on the way.
+    """
+
+    def __init__(
+        self, name: str, handle: DeploymentHandle[Any], on_unreachable: Callable[[str], None] | None = None
+    ) -> None:
         self.name = name
+        self._on_unreachable = on_unreachable
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._aborts: set[asyncio.Task[None]] = set()
@@ -310,6 +316,8 @@ class ExpertClient:
             if task is not None and task.cancelling():  # some handles tell a cancellation by an error of their own
                 raise asyncio.CancelledError from None
             log.warning("request %s: expert %s cannot be reached: %r", request.request_id, self.name, error)
+            if self._on_unreachable is not None:
+                self._on_unreachable(self.name)
             raise ExpertUnavailable(f"expert {self.name!r} cannot be reached") from error
         finally:
             if not finished:

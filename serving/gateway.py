@@ -54,7 +54,7 @@ class GatewayApp:
         self._live = LiveState(self._store, config.experts)
         self._routing = routing_of(config)
         router = config.routers.get(config.default_router)
-        clients = {name: ExpertClient(name, handle) for name, handle in experts.items()}
+        clients = {name: ExpertClient(name, handle, self._live.doubt) for name, handle in experts.items()}
         self._dispatcher = Dispatcher(
             config,
             experts=clients,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,11 @@ class _Seen:
 class LiveState:
     """A gateway's view of all experts, refreshed in the background."""
 
-    def __init__(self, store: Store, experts: Mapping[str, ExpertConfig]) -> None:
+    def __init__(
+        self, store: Store, experts: Mapping[str, ExpertConfig], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._store = store
+        self._clock = clock
         self._experts = experts
         self._seen: dict[str, dict[str, _Seen]] = {name: {} for name in experts}
         self._current: dict[str, ExpertState] = {}
@@ -126,17 +129,17 @@ class LiveState:
             self.store_error = str(error)
             return
         self.store_error = None
-        now = time.monotonic()
+        now = self._clock()
         for name, fields in zip(self._experts, hashes, strict=True):
             seen = self._seen[name]
             for rank, data in fields.items():
                 self._note(seen, name, rank, data, now)
             for rank in list(seen):
-                if lost:  # its silence was the store's
-                    seen[rank].changed = now
-                elif now - seen[rank].changed > EXPIRY_S:
+                if rank not in fields:
                     del seen[rank]
-            self._current[name] = _combine([s.state for s in seen.values() if now - s.changed <= STALE_S], bool(seen))
+                elif lost:  # its silence was the store's
+                    seen[rank].changed = now
+            self._current[name] = self._combined(name, now)
 
     def _note(self, seen: dict[str, _Seen], name: str, rank: str, data: bytes, now: float) -> None:
         try:
@@ -155,6 +158,20 @@ class LiveState:
                 await self.refresh()
             except Exception:
                 log.exception("live state could not be refreshed")
+
+    def _combined(self, name: str, now: float) -> ExpertState:
+        seen = self._seen[name]
+        return _combine([s.state for s in seen.values() if now - s.changed <= STALE_S], bool(seen))
+
+    def doubt(self, name: str) -> None:
+        """An expert could not be reached: do not count on it until one of its replicas reports again.
+
+        With the store lost there is nothing better to go by than what was seen last, so nothing changes.
+        """
+        if self.store_error is None:
+            for seen in self._seen[name].values():
+                seen.changed = float("-inf")
+            self._current[name] = self._combined(name, self._clock())
 
     def assume(self, states: Mapping[str, ExpertState]) -> None:
         """Take these states for granted until the next `refresh`; for decisions without a running service."""
@@ -177,7 +194,7 @@ def _combine(states: list[ReplicaState], was_seen: bool) -> ExpertState:
         if states:
             reason = states[0].reason or "not ready"
         else:
-            reason = f"no replica has reported for {STALE_S:g} s" if was_seen else "starting"
+            reason = "no replica reports any more" if was_seen else "starting"
         return ExpertState(ready=False, reason=reason, replicas=len(states))
     newest = max(ready, key=lambda s: s.sequence)
     return ExpertState(

@@ -33,10 +33,14 @@ async def store(valkey: str) -> AsyncIterator[Store]:
     await store.close()
 
 
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [1000.0]
-    monkeypatch.setattr(live_state.time, "monotonic", lambda: now[0])
-    return now
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 async def test_measured_figures_overrule_declared_ones(config: Config, store: Store) -> None:
@@ -62,37 +66,48 @@ async def test_an_expert_that_never_reported_is_starting(config: Config, store: 
     assert live.expert("tiny").reason == "starting" and not live.candidates()[0].available
 
 
-async def test_a_silent_replica_is_not_counted_on(
-    config: Config, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = clock(monkeypatch)
-    live = LiveState(store, config.experts)
+async def test_a_silent_replica_is_not_counted_on(config: Config, store: Store) -> None:
+    clock = Clock()
+    live = LiveState(store, config.experts, clock=clock)
     await publish(store, "tiny", 0, ReplicaState(True, engine=FAST, sequence=7))
     await live.refresh()
-    now[0] += live_state.STALE_S - 0.1
+    clock.now += live_state.STALE_S - 0.1
     await live.refresh()
     assert live.expert("tiny").ready
-    now[0] += 0.2
+    clock.now += 0.2
     await live.refresh()
-    assert not live.expert("tiny").ready and "no replica has reported" in live.expert("tiny").reason
+    assert not live.expert("tiny").ready and "no replica reports" in live.expert("tiny").reason
     await publish(store, "tiny", 0, ReplicaState(True, engine=FAST, sequence=8))
     await live.refresh()
     assert live.expert("tiny").ready
 
 
-async def test_a_lost_store_leaves_what_was_seen_last(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_expert_that_could_not_be_reached_is_doubted_until_it_reports(config: Config, store: Store) -> None:
+    live = LiveState(store, config.experts)
+    await publish(store, "tiny", 0, ReplicaState(True, engine=FAST, sequence=7))
+    await live.refresh()
+    live.doubt("tiny")
+    assert not live.expert("tiny").ready, "at once"
+    await live.refresh()
+    assert not live.expert("tiny").ready, "what the dead replica left in the store is not taken for a report"
+    await publish(store, "tiny", 1, ReplicaState(True, engine=SLOW, sequence=1))
+    await live.refresh()
+    assert live.expert("tiny").ready and live.expert("tiny").ttft_ms == 120.0
+
+
+async def test_a_lost_store_leaves_what_was_seen_last(config: Config) -> None:
     server = EmbeddedValkey()
     store = Store(server.start(), timeout_s=0.2, retry_after_s=0.0)
     try:
-        live = LiveState(store, config.experts)
+        clock = Clock()
+        live = LiveState(store, config.experts, clock=clock)
         await publish(store, "tiny", 0, ReplicaState(True, engine=FAST, sequence=1))
         await live.refresh()
-        now = clock(monkeypatch)
-        now[0] = live_state.time.monotonic() + 1e6
         server.stop()
         await live.refresh()
         assert live.store_error
-        now[0] += 100
+        live.doubt("tiny")
+        clock.now += 100
         await live.refresh()
         assert live.expert("tiny").ready and live.candidates()[0].ttft_ms == 80.0
     finally:
