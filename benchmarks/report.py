@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +71,8 @@ def print_table(rows: Sequence[Row], title: str = "", console: Console | None = 
         met = {None: "", True: "[green]yes[/green]", False: "[red]no[/red]"}[row.met]
         figures = [_figure(v) for v in (row.value, row.low, row.high, row.reference)]
         table.add_row(row.case, row.metric, *figures, row.unit, row.goal or "", met)
-    (console or Console()).print(table)
+    # Piped into a file there is no width to keep to.
+    (console or Console(width=None if sys.stdout.isatty() else 200)).print(table)
 
 
 def _figure(value: float | None) -> str:

@@ -181,7 +181,7 @@ def _score_table(ratings: list[dict[str, Any]], chosen: str | None) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     table.add_column("expert", no_wrap=True)
-    for heading in ("quality", "cost $", "$/1M", "first token", "per token", "total", "utility"):
+    for heading in ("quality", "cost $", "$/1M", "TTFT", "TPOT", "total", "utility"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("struck out")
     for r in ratings:

@@ -333,10 +333,11 @@ class Dispatcher:
         return Plan(call, [expert], router, policy, confidence, flags=flags)
 
     async def _remember(self, keep: _Keep, plan: Plan, expert: str) -> None:
-        """Only real predictions, and only when the chosen expert gave the answer, are worth repeating."""
+        """Only real predictions over the whole pool, whose chosen expert gave the answer, are worth repeating."""
         if keep.decision_key is None or plan.decision is None or plan.router != self._config.default_router:
             return
-        if expert != plan.order[0]:
+        missing = any(s.constraint == "available" for rating in plan.decision.ratings for s in rating.strikes)
+        if missing or expert != plan.order[0]:
             return
         ttl_s = min(keep.ttl_s or self._config.cache.ttl_s, self._config.cache.max_ttl_s)
         data = orjson.dumps([expert, plan.router, plan.confidence])

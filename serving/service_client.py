@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 QUICKSTART = Path("examples/quickstart.yaml")
 API_KEY_ENV = "SIGNALBOX_API_KEY"
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Url = Annotated[str, typer.Option(help=f"address of the service; the key, if it wants one, in {API_KEY_ENV}")]

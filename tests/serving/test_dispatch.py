@@ -348,6 +348,14 @@ async def test_a_repeated_auto_request_hits_without_a_prediction(store: Store, f
     assert (streamed.cache, again) == ("hit", answer)
 
 
+async def test_a_decision_without_the_whole_pool_is_not_remembered(store: Store, fresh: Callable[[], str]) -> None:
+    bench, text = Bench(store), fresh()
+    bench.live.assume({"tiny": ExpertState(False, reason="starting"), "wide": ExpertState(True)})
+    assert (await bench.run(text=text, temperature=0))[0].expert == "wide"
+    bench.live.assume({"tiny": ExpertState(True), "wide": ExpertState(True)})
+    assert (await bench.run(text=text, temperature=0))[0].expert == "tiny"
+
+
 async def test_an_answer_is_kept_once_however_it_was_asked_for(store: Store, fresh: Callable[[], str]) -> None:
     bench, text = Bench(store), fresh()
     await bench.run(text=text, temperature=0, model="tiny")
