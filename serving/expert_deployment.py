@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 60.0  # between attempts to start an engine that did not
+ACCEPT_S = 3.0  # within which a replica has to take a request; how long the answer takes is another matter
 CLOSE_S = 5.0  # that a replica has to end its requests when it is stopped
 
 
@@ -297,6 +298,9 @@ class ExpertClient:
         finished = False
         response = cast("DeploymentResponseGenerator[Any]", self._generate.remote(request))
         try:
+            # When a replica has died, Serve waits for its successor; another expert may answer before that.
+            async with asyncio.timeout(ACCEPT_S):
+                await response._fetch_future_result_async()
             async for item in response:
                 if isinstance(item, ExpertError):
                     finished = True

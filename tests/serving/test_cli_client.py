@@ -36,7 +36,7 @@ async def test_route_asks_the_service(service: Service) -> None:
     code, out, err = await signalbox("route", "What is 3 plus 4?", "--url", service.url)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    for heading in ("expert", "quality", "cost", "first token", "total", "utility", "struck out"):
+    for heading in ("expert", "quality", "cost", "TTFT", "total", "utility", "struck out"):
         assert heading in lines[0]
     assert lines[1].split()[:2] == ["→", "tiny"], "the chosen one is first and marked"
     assert "±" in lines[1] and "wide" in lines[2]
@@ -79,9 +79,8 @@ async def test_route_without_a_service_decides_by_the_configuration(
     # The same in this process, where the encoder is loaded already.
     command = typer.Typer()
     command.command()(route_command)
-    story = await asyncio.to_thread(
-        CliRunner().invoke, command, ["Tell me a story about a queen.", *arguments, "--json"]
-    )
+    invoke = CliRunner().invoke
+    story = await asyncio.to_thread(invoke, command, ["Tell me a story about a queen.", *arguments, "--json"])
     assert json.loads(story.stdout)["expert"] == "wide" and json.loads(story.stdout)["router"] == "default"
     nobody = await asyncio.to_thread(invoke, command, ["x", "--policy", "impossible", "--json", *arguments])
     said = json.loads(nobody.stdout)

@@ -240,3 +240,32 @@ async def test_an_engine_s_fault_is_logged_and_told_without_its_insides(
     assert isinstance(item, ExpertError) and item.status == 500 and "secret" not in item.message
     assert "secret of the engine" in caplog.text
     await replica.close()
+
+
+class LostReplica:
+    """An injected fault: a handle whose replica has died and has no successor yet, so that nobody takes the call."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def options(self, **_: Any) -> LostReplica:
+        return self
+
+    def remote(self, _: GenerateRequest) -> LostReplica:
+        return self
+
+    async def _fetch_future_result_async(self) -> None:
+        await asyncio.sleep(3600)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def test_a_call_that_no_replica_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_deployment, "ACCEPT_S", 0.1)
+    handle, doubted = LostReplica(), list[str]()
+    client = ExpertClient("tiny", handle, doubted.append)  # type: ignore[arg-type]
+    with pytest.raises(ExpertUnavailable, match="cannot be reached") as caught:
+        async for _ in client.generate(request("x")):
+            pass
+    assert caught.value.retryable and handle.cancelled and doubted == ["tiny"]
