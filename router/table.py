@@ -222,8 +222,8 @@ def _read_jsonl(path: Path) -> dict[str, list[Any]]:
                 raise TableError(f"line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise TableError(f"line {number} is not a JSON object")
-            for name in row.keys() - columns.keys():
-                columns[name] = [None] * count
+            for name in row:  # in the order of the file: it is the order of the models
+                columns.setdefault(name, [None] * count)
             for name, values in columns.items():
                 values.append(row.get(name))
             count += 1
