@@ -21,13 +21,14 @@ import torch
 from benchmarks.report import Row, print_table, write_results
 from signalbox.experts.base import GenerateRequest, SamplingParams
 from signalbox.experts.catalog import TransformersExpert
+from signalbox.experts.model_runner import best_dtype
 from signalbox.experts.packed_batch import ATTENTION
 from signalbox.experts.transformers_engine import TransformersEngine
 from signalbox.serving.config import load_config
 
 COMMAND = "make bench-engine"
 NEW_TOKENS = 64
-ROUNDS = 5
+ROUNDS = 3
 GOAL = 0.9
 PROMPTS = [
     "What is the capital of France?",
@@ -119,9 +120,9 @@ async def bench(name: str, config: TransformersExpert) -> list[Row]:
             spread(case, "time to first token", ttft, "ms", reference=statistics.median(their_ttft)),
         ]
     memory = engine.state().memory_bytes / 2**20
-    rows.append(Row(name, "memory of weights and KV cache, 16 at once", memory, "MiB"))
+    rows.append(Row(case, "memory of weights and KV cache", memory, "MiB"))
     resident = psutil.Process().memory_info().rss / 2**20
-    rows.append(Row(name, "resident memory of the process", resident, "MiB"))
+    rows.append(Row(case, "resident memory of the process", resident, "MiB"))
     await engine.close()
     return rows
 
@@ -132,8 +133,11 @@ async def main() -> None:
     rows = []
     for name, config in pool.items():
         if isinstance(config, TransformersExpert) and (len(sys.argv) < 2 or name in sys.argv[1:]):
-            rows += await bench(name, config)
-            gc.collect()
+            native = best_dtype(torch.device("cpu"))
+            for dtype in dict.fromkeys((native, torch.float32)):  # float32 is what CPUs without bf16 compute in
+                settings = {"device": "cpu", "dtype": str(dtype).removeprefix("torch.")}
+                rows += await bench(name, config.model_copy(update=settings))
+                gc.collect()
     print_table(rows)
     write_results("engine", COMMAND, rows)
 

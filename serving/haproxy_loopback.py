@@ -15,10 +15,16 @@ import sys
 
 _BIND = re.compile(r"^(\s*bind\s+)(\S*):(\d+)(?=\s|$)", re.MULTILINE)
 _WILDCARDS = ("", "*", "0.0.0.0", "::", "[::]")
+# Without the second option HAProxy 2.8 misses that a client has gone when the request's head and body came in two
+# packets, as httpx sends them, and the expert would go on generating for nobody.
+_ABORT = "option abortonclose\n"
+_BUFFER = "option http-buffer-request\n"
 
 
 def rewrite(configuration: str, host: str, port: int) -> str:
-    """The same configuration with the service on HOST:PORT and every other wildcard bind on 127.0.0.1."""
+    """The same configuration with the service on HOST:PORT, every other wildcard bind on 127.0.0.1, and clients
+    that go away noticed.
+    """
 
     def address(bind: re.Match[str]) -> str:
         head, given, number = bind.groups()
@@ -26,7 +32,7 @@ def rewrite(configuration: str, host: str, port: int) -> str:
             return f"{head}{host}:{number}"
         return f"{head}{'127.0.0.1' if given in _WILDCARDS else given}:{number}"
 
-    return _BIND.sub(address, configuration)
+    return _BIND.sub(address, configuration).replace(_ABORT, f"{_ABORT}    {_BUFFER}")
 
 
 def write_script(path: str, haproxy: str, host: str, port: int) -> None:

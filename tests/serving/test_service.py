@@ -5,6 +5,7 @@ One service for the whole file. What users do is done with what users have: the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -108,7 +109,7 @@ def test_auto_says_who_answered_and_why(service: Running) -> None:
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
     assert headers["x-signalbox-router"] == "default" and 0 <= float(headers["x-signalbox-confidence"]) <= 1
     assert headers["x-signalbox-attempts"] == "1" and float(headers["x-signalbox-overhead-ms"]) > 0
-    assert headers["x-request-id"]
+    assert len(headers.get_list("x-request-id")) == 1  # two would mean that Serve's fallback proxy answered
 
 
 @pytest.mark.parametrize("expert", ["smollm2", "gemma"])
@@ -228,25 +229,29 @@ def test_malformed_json_and_unknown_routes(service: Running) -> None:
     assert httpx.get(f"{service.api}/chat/completions").status_code == 405
 
 
-def test_a_client_that_leaves_frees_its_place(service: Running) -> None:
-    """A long answer is dropped after its first tokens; the expert stops working on it."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(service: Running, stream: bool) -> None:
+    """A long answer is dropped while it is written; the expert stops working on it."""
 
-    def running(expert: str) -> int:
-        model = httpx.get(f"{service.api}/models/{expert}").json()
+    def working() -> int:
+        model = httpx.get(f"{service.api}/models/smollm2").json()
         state = model["signalbox"]["state"]
         return int(state["running"] + state["waiting"])
 
-    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Write a very long story."}], "stream": True}
-    body |= {"max_tokens": 4000, "temperature": 1.5, "seed": 1}
-    with httpx.stream("POST", f"{service.api}/chat/completions", json=body, timeout=60) as reply:
-        assert reply.status_code == 200
-        next(reply.iter_lines())
-        deadline = time.monotonic() + 10
-        while not running("smollm2"):
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Write a very long story."}]}
+    body |= {"max_tokens": 4000, "temperature": 1, "stream": stream, "logit_bias": {"2": -100}}  # 2 ends an answer
+    deadline = time.monotonic() + 20
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", f"{service.api}/chat/completions", json=body, timeout=2) as reply,
+    ):
+        assert reply.status_code == 200 and stream
+        lines = reply.iter_lines()  # kept: a dropped iterator closes the connection
+        next(lines)
+        while not working():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    deadline = time.monotonic() + 10
-    while running("smollm2"):
+    while working():
         assert time.monotonic() < deadline, "still generating for a client that has left"
         time.sleep(0.1)
 
