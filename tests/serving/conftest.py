@@ -171,6 +171,8 @@ def expert_handles(models: dict[str, Path], valkey: str) -> Iterator[dict[str, A
             assert time.monotonic() < deadline, state.reason
             time.sleep(0.05)
     yield handles
+    for handle in handles.values():  # before the store goes, to which they publish their state
+        handle.close.remote().result()
 
 
 @dataclass
