@@ -85,6 +85,22 @@ class Strike:
     limit: float | str
     value: float | str
 
+    def __str__(self) -> str:
+        """In a few words: `max_ttft_ms 900 > 800`, `not ready`."""
+        match self.constraint:
+            case "available":
+                return "not ready"
+            case "known_to_router":
+                return "not known to the router"
+            case "allowed" | "denied":
+                return "not allowed"
+        relation = "<" if self.constraint.startswith("min_") else ">"
+        return f"{self.constraint} {_figure(self.value)} {relation} {_figure(self.limit)}"
+
+
+def _figure(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 @dataclass(slots=True)
 class Rating:
@@ -123,9 +139,6 @@ class NoCandidate(Exception):
     """Every expert was struck out; `ratings` has the reasons. The message lists them."""
 
     def __init__(self, ratings: list[Rating]) -> None:
-        reasons = "; ".join(
-            f"{r.expert}: " + ", ".join(f"{s.constraint} (limit {s.limit}, predicted {s.value})" for s in r.strikes)
-            for r in ratings
-        )
+        reasons = "; ".join(f"{r.expert}: {', '.join(map(str, r.strikes))}" for r in ratings)
         super().__init__(f"no expert satisfies the policy ({reasons or 'the pool is empty'})")
         self.ratings = ratings

@@ -178,6 +178,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
 def _score_table(ratings: list[dict[str, Any]], chosen: str | None) -> Table:
     """One row an expert, as the decision saw it; cost for this request and per million tokens, in US dollars."""
+    from signalbox.policies.base import Strike
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     table.add_column("expert", no_wrap=True)
@@ -195,24 +197,7 @@ def _score_table(ratings: list[dict[str, Any]], chosen: str | None) -> Table:
             duration(r["tpot_ms"]),
             duration(r["total_ms"]),
             f"{r['utility']:.3f}",
-            ", ".join(_strike(s) for s in r["strikes"]),
+            ", ".join(str(Strike(**s)) for s in r["strikes"]),
             style="bold" if r["expert"] == chosen else ("dim" if r["strikes"] else ""),
         )
     return table
-
-
-def _strike(strike: dict[str, Any]) -> str:
-    match strike["constraint"]:
-        case "available":
-            return "not ready"
-        case "known_to_router":
-            return "not known to the router"
-        case "allowed" | "denied":
-            return "not allowed"
-        case constraint:
-            relation = "<" if constraint == "min_quality" else ">"
-            return f"{constraint} {_figure(strike['value'])} {relation} {_figure(strike['limit'])}"
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import orjson
 
 from signalbox.experts.base import Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
 from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, matches
-from signalbox.policies.base import Decision, NoCandidate, Policy, Rating, RequestShape
+from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
 from signalbox.policies.decide import decide
 from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
 from signalbox.serving.cache import CachedAnswer, ResponseCache
@@ -368,28 +368,10 @@ def _hash(value: Any) -> str:
 def _no_candidate(error: NoCandidate, policy: str) -> ExpertError:
     """Nobody may answer: the request's fault (400) where it stays so, ours (503) where it may pass."""
     ratings = error.ratings
-    reasons = "; ".join(f"{r.expert}: {', '.join(_reason(r))}" for r in ratings) or "the pool is empty"
+    reasons = "; ".join(f"{r.expert}: {', '.join(map(str, r.strikes))}" for r in ratings) or "the pool is empty"
     message = f"no expert can answer under policy '{policy}' ({reasons})"
     if ratings and all(any(s.constraint == "context_length" for s in r.strikes) for r in ratings):
         return InvalidRequest(message, param="messages", code="context_length_exceeded")
     if any(all(s.constraint in _TRANSIENT for s in r.strikes) for r in ratings):
         return ExpertUnavailable(message, code="no_candidate")
     return InvalidRequest(message, param="model", code="no_candidate")
-
-
-def _reason(rating: Rating) -> Iterator[str]:
-    for strike in rating.strikes:
-        match strike.constraint:
-            case "available":
-                yield "not ready"
-            case "known_to_router":
-                yield "not known to the router"
-            case "allowed" | "denied":
-                yield "not allowed"
-            case constraint:
-                relation = "<" if constraint == "min_quality" else ">"
-                yield f"{constraint} {_figure(strike.value)} {relation} {_figure(strike.limit)}"
-
-
-def _figure(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

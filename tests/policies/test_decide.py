@@ -164,7 +164,7 @@ def test_min_quality_context_and_readiness_strike() -> None:
 
 def test_nobody_left() -> None:
     impossible = Slo(max_ttft_ms=1)
-    with pytest.raises(NoCandidate, match=r"small: max_ttft_ms \(limit 1.0, predicted 20"):
+    with pytest.raises(NoCandidate, match=r"small: max_ttft_ms 20 > 1"):
         decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible))
     cheapest = decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible, on_no_candidates="cheapest"))
     assert (cheapest.expert, cheapest.violated) == ("small", ["max_ttft_ms"])
