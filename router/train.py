@@ -70,6 +70,7 @@ def train(
         "majority": training.models[majority(training)],
         "best_single": training.models[int(training.score.mean(axis=0).argmax())],
         "best_of_task": best_of_task(training),
+        "mean_cost": mean_cost(training),
     }
     return Trained(predictor, training, held_out, figures)
 
@@ -116,3 +117,11 @@ def best_of_task(rows: Table) -> dict[str, str]:
     tasks = np.array(rows.task)
     named = sorted(set(rows.task) - {""})
     return {str(task): rows.models[int(rows.score[tasks == task].mean(axis=0).argmax())] for task in named}
+
+
+def mean_cost(rows: Table) -> dict[str, float]:
+    """US dollars that each expert costs on a prompt of this table; without those of which nothing is known."""
+    cost = rows.measures.get("cost")
+    if cost is None:
+        return {}
+    return {name: float(np.nanmean(c)) for name, c in zip(rows.models, cost.T, strict=True) if not np.isnan(c).all()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,6 +162,7 @@ def train_command(
 def eval_command(
     artifact: Annotated[Path, typer.Option(help="folder of the trained router")],
     table: Annotated[Path, typer.Option(help="table with the router's experts; rows it was trained on are left out")],
+    pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,
     json: Annotated[Path | None, typer.Option(help="file for the figures")] = None,
 ) -> None:
     """Judge a router on rows it has not seen, beside best single, majority, random, kNN and oracle."""
@@ -172,6 +173,7 @@ def eval_command(
         from signalbox.router.table import read_table
 
         found = read_artifact(artifact)
+        weak_strong = None if pair is None else _pair_of(pair, found.experts)
         rows = read_table(table).pool(found.experts)
         encoder = load_encoder(found.encoder)
         predictor = load_predictor(artifact, encoder=encoder)
@@ -183,6 +185,7 @@ def eval_command(
                 encoder,
                 artifact=found,
                 neighbours=load_neighbours(artifact),
+                pair=weak_strong,
                 progress=lambda done, of: bar.update(task, completed=done, total=of),
             )
         show(result, f"{found.kind} {found.version} on {result.rows} rows of {table.name}")
@@ -231,6 +234,20 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
         + ("" if usual is None else f" (majority {usual:.1%})")
         + f"; regret {result.regret:.4f}{bits}"
     )
+    if result.aiq is not None and result.aiq_hull is not None:
+        out.print(f"AIQ {result.aiq:.4f} (hull of the single experts {result.aiq_hull:.4f})")
+    if result.pair is not None:
+        out.print(
+            f"from {escape(result.pair[0])} to {escape(result.pair[1])}: APGR {result.apgr:.4f}, "
+            f"CPT(50 %) {result.cpt50:.1%}, CPT(80 %) {result.cpt80:.1%} of the calls (random .5, 50 %, 80 %)"
+        )
+    if result.collapse:
+        most, share = max(result.share.items(), key=lambda item: item[1])
+        half = result.collapse[len(result.collapse) // 2]
+        out.print(
+            f"most chosen: {escape(most)} {share:.0%}, "
+            f"at half the budget {escape(half['most_chosen'])} {half['share']:.0%}"
+        )
     if result.bare_text_quality is not None:
         out.print(f"shown the bare text without instruction: quality {result.bare_text_quality:.4f}")
     z = result.calibration
@@ -274,6 +291,15 @@ def _names(pool: str) -> list[str] | None:
     if not names:
         raise typer.BadParameter("the pool is empty: name experts, comma-separated, or say `all`")
     return None if names == ["all"] else names
+
+
+def _pair_of(pair: str, experts: Sequence[str]) -> tuple[str, str]:
+    """`weak:strong` -> two experts; their own names may hold a colon."""
+    splits = [(pair[:i], pair[i + 1 :]) for i, letter in enumerate(pair) if letter == ":"]
+    for weak, strong in splits:
+        if weak in experts and strong in experts:
+            return weak, strong
+    raise typer.BadParameter(f"--pair {pair}: name two of the router's experts, WEAK:STRONG ({', '.join(experts)})")
 
 
 def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
