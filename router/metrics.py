@@ -120,8 +120,9 @@ def area_under_hull(cost: Vector, quality: Vector, low: float, high: float) -> f
     def height(at: Vector) -> Vector:
         return np.interp(at, x, y)
 
-    if high <= low:
-        return float(height(np.array([low]))[0]) if low >= x[0] else 0.0
+    if high - low <= TIE * abs(high):  # one price for all, up to rounding
+        affordable = high * (1 + TIE)
+        return float(height(np.array([affordable]))[0]) if affordable >= x[0] else 0.0
     corners = np.unique(np.clip(np.concatenate([x, [max(low, x[0]), high]]), max(low, x[0]), high))
     return float(np.trapezoid(height(corners), corners) / (high - low)) if high > x[0] else 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from signalbox.router import metrics
@@ -92,6 +92,7 @@ def test_collapse_by_hand() -> None:
 
 
 @given(SMALL)
+@example(1191)  # a row, and experts of almost one price
 @settings(max_examples=60, deadline=None)
 def test_what_holds_for_any_cost_quality_curve(seed: int) -> None:
     predicted, scores, costs = drawn(seed)
@@ -144,7 +145,7 @@ def test_what_holds_for_any_pair(seed: int) -> None:
     n = int(rng.integers(2, 60))
     weak = rng.random(n).round(1)
     strong = np.clip(weak + rng.normal(0.1, 0.4, n), 0, 1).round(1)
-    if strong.mean() <= weak.mean():
+    if (strong - weak).sum() < 0.05:  # in tenths, and up to rounding
         with pytest.raises(ValueError, match="not better"):
             metrics.performance_gap_recovered(np.zeros(n), weak, strong)
         return
