@@ -83,7 +83,7 @@ class Evaluation:
 def evaluate(
     predictor: Predictor,
     table: Table,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
     artifact: Artifact | None = None,
     neighbours: dict[str, NDArray[Any]] | None = None,
@@ -96,7 +96,7 @@ def evaluate(
     Args:
         predictor: any router; its experts must be columns of the table.
         table: measurements; rows that lack an expert are left out.
-        encoder: for the kNN line and for emptying its cache before a decision is timed.
+        encoder: for the kNN line and for emptying its cache before a decision is timed; None: no kNN line.
         artifact: gives the training prompts' hashes, the majority expert, each task's best and the mean costs.
         neighbours: training `embeddings` [n, d] and `scores` [n, E], experts as in `artifact`.
         pair: the weak and the strong expert for APGR and CPT.
@@ -117,7 +117,8 @@ def evaluate(
             f"no row is left to judge on: {len(pooled) - len(complete)} of {len(pooled)} lack an expert, "
             f"and the others were trained on"
         )
-    _encode(rows, encoder, progress)
+    if encoder is not None:
+        _encode(rows, encoder, progress)
     prediction = predictor.predict([Prompt(p) for p in rows.prompt])
     knn = _knn_quality(rows, predictor, encoder, artifact, neighbours)
     bare = _bare_text_quality(rows, predictor)
@@ -260,12 +261,12 @@ def _bare_text_quality(rows: Table, predictor: Predictor) -> float | None:
 def _knn_quality(
     rows: Table,
     predictor: Predictor,
-    encoder: Encoder,
+    encoder: Encoder | None,
     artifact: Artifact | None,
     neighbours: dict[str, NDArray[Any]] | None,
 ) -> float | None:
     """kNN on embeddings, its number of neighbours tuned by leave-one-out on the training rows."""
-    if neighbours is None:
+    if neighbours is None or encoder is None:
         return None
     order = list(artifact.experts if artifact else predictor.experts)
     scores = neighbours["scores"][:, [order.index(e) for e in predictor.experts]].astype(np.float64)
@@ -316,13 +317,14 @@ def calibration(prediction: Prediction, scores: Matrix, bins: int = 5) -> dict[s
     }
 
 
-def decision_ms(predictor: Predictor, encoder: Encoder, prompts: Sequence[str], count: int) -> dict[str, float]:
+def decision_ms(predictor: Predictor, encoder: Encoder | None, prompts: Sequence[str], count: int) -> dict[str, float]:
     """Milliseconds of single predictions, with no embedding cached: percentiles p50 and p99."""
     timed = []
     predictor.predict([Prompt("warm up")])
     for i in range(count):
         prompt = [Prompt(prompts[i % len(prompts)])]
-        encoder.clear()
+        if encoder is not None:
+            encoder.clear()
         start = time.perf_counter()
         predictor.predict(prompt)
         timed.append((time.perf_counter() - start) * 1e3)

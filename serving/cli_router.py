@@ -110,7 +110,7 @@ def _fingerprint(expert: ExpertConfig) -> str:
 def train_command(
     table: Annotated[Path, typer.Option(help="table of scores or losses")],
     out: Annotated[Path, typer.Option(help="folder of the trained router")],
-    kind: Annotated[str, typer.Option(help="which router to train")] = "tryage",
+    kind: Annotated[str, typer.Option(help="which router to train: tryage or lexical (no encoder)")] = "tryage",
     pool: Pool = "all",
     holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of rows kept for evaluation")] = 0.2,
     seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
@@ -127,12 +127,12 @@ def train_command(
         from signalbox.router.evaluate import evaluate
         from signalbox.router.table import read_table
 
-        predictor_class(kind)  # before anything slow
+        needed = predictor_class(kind).uses_encoder or neighbours  # raises before anything slow
         rows = read_table(table)
         with _progress() as bar:
             trained = training.train(
                 rows,
-                load_encoder(encoder),
+                load_encoder(encoder) if needed else None,
                 kind=kind,
                 pool=_names(pool),
                 holdout=holdout,
@@ -149,7 +149,7 @@ def train_command(
             result = evaluate(
                 trained.predictor,
                 trained.held_out,
-                trained.predictor.encoder,
+                trained.encoder,
                 artifact=artifact,
                 neighbours=training.neighbours_of(trained),
             )
@@ -175,7 +175,9 @@ def eval_command(
         found = read_artifact(artifact)
         weak_strong = None if pair is None else _pair_of(pair, found.experts)
         rows = read_table(table).pool(found.experts)
-        encoder = load_encoder(found.encoder)
+        neighbours = load_neighbours(artifact)
+        reference = found.encoder or (found.training.get("neighbours_encoder") if neighbours else None)
+        encoder = load_encoder(reference) if reference else None
         predictor = load_predictor(artifact, encoder=encoder)
         with _progress() as bar:
             task = bar.add_task("encoding prompts", total=None)
@@ -184,7 +186,7 @@ def eval_command(
                 rows,
                 encoder,
                 artifact=found,
-                neighbours=load_neighbours(artifact),
+                neighbours=neighbours,
                 pair=weak_strong,
                 progress=lambda done, of: bar.update(task, completed=done, total=of),
             )
