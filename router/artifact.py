@@ -1,7 +1,7 @@
 """A trained router on disk: a versioned directory of safetensors and JSON, never pickle.
 
     routers/quickstart/
-        router.json              kind, format, version, experts in order, encoder, spread, training figures
+        router.json              kind, format, version, experts in order, encoder (or ""), spread, training figures
         router.safetensors       the predictor's tensors (names and shapes are the kind's own affair)
         neighbours.safetensors   optional: training embeddings and scores, for the kNN reference line of `eval`
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import orjson
@@ -34,7 +34,10 @@ from signalbox.router.table import Table
 FORMAT = 1
 TENSORS, DESCRIPTION, NEIGHBOURS = "router.safetensors", "router.json", "neighbours.safetensors"
 # Kind -> class, imported when asked for: a server that runs one kind need not import the others.
-KINDS = {"tryage": "signalbox.router.tryage:TryagePredictor"}
+KINDS = {
+    "tryage": "signalbox.router.tryage:TryagePredictor",
+    "lexical": "signalbox.router.lexical:LexicalPredictor",
+}
 
 
 class ArtifactError(ValueError):
@@ -76,19 +79,22 @@ class Artifact:
 
 
 class Trainable(Predictor, Protocol):
-    """A predictor over an encoder that can be saved, and made again from what was saved."""
+    """A predictor that can be saved, and made again from what was saved.
 
-    encoder: Encoder
+    Where `uses_encoder` is False, the encoder may be None and is passed over.
+    """
+
+    uses_encoder: ClassVar[bool]
 
     def to_artifact(self) -> Artifact:
         """Everything `from_artifact` needs."""
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact, encoder: Encoder, experts: Sequence[str]) -> Trainable:
+    def from_artifact(cls, artifact: Artifact, encoder: Encoder | None, experts: Sequence[str]) -> Trainable:
         """The predictor of these experts, a selection of the artifact's, in this order."""
 
     @classmethod
-    def fit(cls, table: Table, encoder: Encoder, *, seed: int = 0, report: Any = None) -> Trainable:
+    def fit(cls, table: Table, encoder: Encoder | None, *, seed: int = 0, report: Any = None) -> Trainable:
         """Learn from complete rows."""
 
 
@@ -204,7 +210,10 @@ def load_predictor(path: str | Path, *, pool: Sequence[str] | None = None, encod
     artifact = read_artifact(path)
     experts = tuple(pool) if pool is not None else artifact.experts
     check_pool(artifact, experts)
-    return predictor_class(artifact.kind).from_artifact(artifact, encoder or load_encoder(artifact.encoder), experts)
+    cls = predictor_class(artifact.kind)
+    if encoder is None and cls.uses_encoder:
+        encoder = load_encoder(artifact.encoder)
+    return cls.from_artifact(artifact, encoder, experts)
 
 
 def load_neighbours(path: str | Path) -> dict[str, NDArray[Any]] | None:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from signalbox.router import metrics
 from signalbox.router.artifact import Artifact
 from signalbox.router.base import Prediction, Predictor, Prompt
 from signalbox.router.encoder import Encoder
+from signalbox.router.metrics import optimal_selection, regret, shares, standard_error, taken
 from signalbox.router.table import Table, TableError
 from signalbox.router.train import prompt_hash
 
-Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 NEIGHBOUR_COUNTS = (5, 10, 20, 40, 80, 160)
 # Two standard errors: the paired difference to the best single model that counts as a win.
@@ -33,6 +34,9 @@ class Evaluation:
     `optimal_selection` is the share of prompts on which the chosen expert is the best or ties with it. `regret` is
     what the choice gives away of the score, `regret_bits` the same in bits per byte (None without losses).
     `majority`, `knn` and `told_task` know the training rows only; None where the artifact has not kept what they need.
+    `aiq` and `aiq_hull` (the single experts') are None where a row lacks a cost; so is `collapse`, the share of the
+    most chosen expert along the budget. `apgr`, `cpt50` and `cpt80` are those of `pair`, a weak and a strong expert.
+    Their definitions are in `metrics.py`.
     `decision_ms` is one prompt at a time, encoder included and its cache emptied, on `threads` torch threads.
     """
 
@@ -59,6 +63,13 @@ class Evaluation:
     calibration: dict[str, Any]
     decision_ms: dict[str, float]
     threads: int
+    aiq: float | None = None
+    aiq_hull: float | None = None
+    collapse: list[dict[str, Any]] | None = None
+    pair: list[str] | None = None
+    apgr: float | None = None
+    cpt50: float | None = None
+    cpt80: float | None = None
     bare_text_quality: float | None = None
     excluded_seen: int = 0
     excluded_incomplete: int = 0
@@ -72,10 +83,11 @@ class Evaluation:
 def evaluate(
     predictor: Predictor,
     table: Table,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
     artifact: Artifact | None = None,
     neighbours: dict[str, NDArray[Any]] | None = None,
+    pair: tuple[str, str] | None = None,
     decisions: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -84,15 +96,19 @@ def evaluate(
     Args:
         predictor: any router; its experts must be columns of the table.
         table: measurements; rows that lack an expert are left out.
-        encoder: for the kNN line and for emptying its cache before a decision is timed.
-        artifact: gives the training prompts' hashes, the majority expert and each task's best.
+        encoder: for the kNN line and for emptying its cache before a decision is timed; None: no kNN line.
+        artifact: gives the training prompts' hashes, the majority expert, each task's best and the mean costs.
         neighbours: training `embeddings` [n, d] and `scores` [n, E], experts as in `artifact`.
+        pair: the weak and the strong expert for APGR and CPT.
         decisions: number of decisions to time.
         progress: called with (prompts encoded, of how many).
 
     Raises:
-        TableError: an expert has no column, or no row is left.
+        TableError: an expert has no column, no row is left, or `pair` is none: an expert that is not the router's,
+            or a strong one that is not better on these rows.
     """
+    if pair is not None:
+        _check_pair(pair, predictor.experts)
     pooled = table.pool(predictor.experts)
     complete = pooled.complete()
     rows = _unseen(complete, artifact)
@@ -101,43 +117,47 @@ def evaluate(
             f"no row is left to judge on: {len(pooled) - len(complete)} of {len(pooled)} lack an expert, "
             f"and the others were trained on"
         )
-    _encode(rows, encoder, progress)
+    if encoder is not None:
+        _encode(rows, encoder, progress)
     prediction = predictor.predict([Prompt(p) for p in rows.prompt])
     knn = _knn_quality(rows, predictor, encoder, artifact, neighbours)
     bare = _bare_text_quality(rows, predictor)
     choice = prediction.quality.argmax(axis=1)
     scores = rows.score
-    got, top = _taken(scores, choice), scores.max(axis=1)
+    got, top = taken(scores, choice), scores.max(axis=1)
     means = scores.mean(axis=0)
     single = int(means.argmax())
     gain = got - scores[:, single]
     facts = artifact.training if artifact else {}
     usual = _column(predictor, facts.get("majority"))
     cost = rows.measures.get("cost")
+    cost = None if cost is None or np.isnan(cost).any() else cost
     return Evaluation(
         experts=list(predictor.experts),
         rows=len(rows),
         quality=float(got.mean()),
-        quality_se=_standard_error(got),
+        quality_se=standard_error(got),
         best_single=float(means[single]),
         best_single_expert=predictor.experts[single],
         gain=float(gain.mean()),
-        gain_se=_standard_error(gain),
-        wins=bool(gain.mean() > WIN * _standard_error(gain) and gain.mean() > 0),
+        gain_se=standard_error(gain),
+        wins=bool(gain.mean() > WIN * standard_error(gain) and gain.mean() > 0),
         majority=None if usual is None else float(means[usual]),
-        cheapest=None if cost is None or np.isnan(cost).any() else float(means[int(cost.mean(axis=0).argmin())]),
+        cheapest=None if cost is None else float(means[int(cost.mean(axis=0).argmin())]),
         random=float(means.mean()),
         knn=knn,
         told_task=_told_task(rows, predictor, facts.get("best_of_task")),
         oracle=float(top.mean()),
-        optimal_selection=_optimal(scores, choice),
-        majority_optimal_selection=None if usual is None else _optimal(scores, np.full(len(rows), usual)),
-        regret=float((top - got).mean()),
+        optimal_selection=optimal_selection(scores, choice),
+        majority_optimal_selection=None if usual is None else optimal_selection(scores, np.full(len(rows), usual)),
+        regret=regret(scores, choice),
         regret_bits=_regret_bits(rows, choice),
-        share=_shares(predictor.experts, choice),
+        share=shares(predictor.experts, choice),
         calibration=calibration(prediction, scores),
         decision_ms=decision_ms(predictor, encoder, rows.prompt, decisions),
         threads=torch.get_num_threads(),
+        **({} if cost is None else _cost_figures(predictor, prediction.quality, scores, cost, facts)),
+        **({} if pair is None else _pair_figures(pair, predictor.experts, prediction.quality, scores)),
         bare_text_quality=bare,
         excluded_seen=len(complete) - len(rows),
         excluded_incomplete=len(pooled) - len(complete),
@@ -166,25 +186,56 @@ def _encode(rows: Table, encoder: Encoder, progress: Callable[[int, int], None] 
     encoder.encode(rows.prompt, progress=count)
 
 
-def _taken(values: Matrix, choice: NDArray[np.intp]) -> Vector:
-    return values[np.arange(len(values)), choice]
+def _cost_figures(
+    predictor: Predictor, predicted: NDArray[np.float32], scores: Matrix, cost: Matrix, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """AIQ, that of the single experts, and the collapse along the budget.
+
+    Experts cost what they did on average in training, which a router may know; where the artifact does not say, what
+    they do on these rows.
+    """
+    known = facts.get("mean_cost") or {}
+    expected = np.array(
+        [known.get(name, mean) for name, mean in zip(predictor.experts, cost.mean(axis=0), strict=True)]
+    )
+    curve = metrics.cost_quality_curve(predicted, expected, scores, cost)
+    return {
+        "aiq": metrics.aiq(curve, cost),
+        "aiq_hull": metrics.aiq_of_singles(scores, cost),
+        "collapse": metrics.collapse(predictor.experts, curve, cost),
+    }
 
 
-def _standard_error(values: Vector) -> float:
-    """Standard error of the mean; 0 for a single row, of which nothing is known."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def _check_pair(pair: tuple[str, str], experts: Sequence[str]) -> None:
+    for name in pair:
+        if name not in experts:
+            raise TableError(f"pair: the router has no expert {name!r} (it has: {', '.join(experts)})")
+    if pair[0] == pair[1]:
+        raise TableError(f"pair: {pair[0]} stands on both sides; name a weak and a strong expert")
 
 
-def _optimal(scores: Matrix, choice: NDArray[Any]) -> float:
-    return float((_taken(scores, choice) >= scores.max(axis=1) - 1e-9).mean())
+def _pair_figures(
+    pair: tuple[str, str], experts: Sequence[str], predicted: NDArray[np.float32], scores: Matrix
+) -> dict[str, Any]:
+    weak, strong = (experts.index(name) for name in pair)
+    margin = predicted[:, strong].astype(np.float64) - predicted[:, weak]
+    try:
+        curve = metrics.performance_gap_recovered(margin, scores[:, weak], scores[:, strong])
+    except ValueError as error:
+        means = scores.mean(axis=0)
+        raise TableError(
+            f"pair {pair[0]}:{pair[1]}: {error} ({means[weak]:.4f} and {means[strong]:.4f}); is it the wrong way round?"
+        ) from None
+    return {
+        "pair": list(pair),
+        "apgr": metrics.apgr(curve),
+        "cpt50": metrics.cpt(curve, 0.5),
+        "cpt80": metrics.cpt(curve, 0.8),
+    }
 
 
 def _regret_bits(rows: Table, choice: NDArray[np.intp]) -> float | None:
-    return None if rows.loss is None else float((_taken(rows.loss, choice) - rows.loss.min(axis=1)).mean())
-
-
-def _shares(experts: Sequence[str], choice: NDArray[np.intp]) -> dict[str, float]:
-    return {name: float((choice == e).mean()) for e, name in enumerate(experts)}
+    return None if rows.loss is None else regret(-rows.loss, choice)
 
 
 def _column(predictor: Predictor, name: str | None) -> int | None:
@@ -195,7 +246,7 @@ def _told_task(rows: Table, predictor: Predictor, best: dict[str, str] | None) -
     """Mean score of each task's best expert in training; None where a task or its expert is not known."""
     columns = [_column(predictor, (best or {}).get(task)) for task in rows.task]
     known = [c for c in columns if c is not None]
-    return float(_taken(rows.score, np.array(known)).mean()) if len(known) == len(rows) else None
+    return float(taken(rows.score, np.array(known)).mean()) if len(known) == len(rows) else None
 
 
 def _bare_text_quality(rows: Table, predictor: Predictor) -> float | None:
@@ -204,18 +255,18 @@ def _bare_text_quality(rows: Table, predictor: Predictor) -> float | None:
         return None
     texts = [text or prompt for text, prompt in zip(rows.text, rows.prompt, strict=True)]
     choice = predictor.predict([Prompt(t) for t in texts]).quality.argmax(axis=1)
-    return float(_taken(rows.score, choice).mean())
+    return float(taken(rows.score, choice).mean())
 
 
 def _knn_quality(
     rows: Table,
     predictor: Predictor,
-    encoder: Encoder,
+    encoder: Encoder | None,
     artifact: Artifact | None,
     neighbours: dict[str, NDArray[Any]] | None,
 ) -> float | None:
     """kNN on embeddings, its number of neighbours tuned by leave-one-out on the training rows."""
-    if neighbours is None:
+    if neighbours is None or encoder is None:
         return None
     order = list(artifact.experts if artifact else predictor.experts)
     scores = neighbours["scores"][:, [order.index(e) for e in predictor.experts]].astype(np.float64)
@@ -223,10 +274,10 @@ def _knn_quality(
     counts = [k for k in NEIGHBOUR_COUNTS if k < len(known)] or [max(1, len(known) - 1)]
     tuning = slice(0, 4096)  # enough to choose a small integer
     near = _nearest(known[tuning], known, max(counts) + 1)[:, 1:]
-    left_out = {k: _taken(scores[tuning], scores[near[:, :k]].mean(axis=1).argmax(axis=1)).mean() for k in counts}
+    left_out = {k: taken(scores[tuning], scores[near[:, :k]].mean(axis=1).argmax(axis=1)).mean() for k in counts}
     best = max(counts, key=lambda k: (left_out[k], k))
     near = _nearest(encoder.encode(rows.prompt), known, best)
-    return float(_taken(rows.score, scores[near].mean(axis=1).argmax(axis=1)).mean())
+    return float(taken(rows.score, scores[near].mean(axis=1).argmax(axis=1)).mean())
 
 
 def _nearest(queries: NDArray[np.float32], known: NDArray[np.float32], k: int) -> NDArray[np.intp]:
@@ -266,13 +317,14 @@ def calibration(prediction: Prediction, scores: Matrix, bins: int = 5) -> dict[s
     }
 
 
-def decision_ms(predictor: Predictor, encoder: Encoder, prompts: Sequence[str], count: int) -> dict[str, float]:
+def decision_ms(predictor: Predictor, encoder: Encoder | None, prompts: Sequence[str], count: int) -> dict[str, float]:
     """Milliseconds of single predictions, with no embedding cached: percentiles p50 and p99."""
     timed = []
     predictor.predict([Prompt("warm up")])
     for i in range(count):
         prompt = [Prompt(prompts[i % len(prompts)])]
-        encoder.clear()
+        if encoder is not None:
+            encoder.clear()
         start = time.perf_counter()
         predictor.predict(prompt)
         timed.append((time.perf_counter() - start) * 1e3)
@@ -285,19 +337,19 @@ def _by_task(rows: Table, experts: Sequence[str], choice: NDArray[np.intp]) -> d
     for task in sorted(set(rows.task)):
         mask = tasks == task
         part, picked = rows.rows(mask), choice[mask]
-        got, means = _taken(part.score, picked), part.score.mean(axis=0)
+        got, means = taken(part.score, picked), part.score.mean(axis=0)
         top = part.score.max(axis=1)
         out[task or "(none)"] = {
             "rows": len(part),
             "quality": float(got.mean()),
-            "quality_se": _standard_error(got),
+            "quality_se": standard_error(got),
             "best_single": float(means.max()),
             "best_single_expert": experts[int(means.argmax())],
             "random": float(means.mean()),
             "oracle": float(top.mean()),
-            "optimal_selection": _optimal(part.score, picked),
-            "regret": float((top - got).mean()),
+            "optimal_selection": optimal_selection(part.score, picked),
+            "regret": regret(part.score, picked),
             "regret_bits": _regret_bits(part, picked),
-            "share": _shares(experts, picked),
+            "share": shares(experts, picked),
         }
     return out

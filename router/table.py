@@ -150,6 +150,16 @@ class Table:
         values = self.score if self.loss is None else self.loss
         return self.rows(np.asarray(~np.isnan(values).any(axis=1)))
 
+    def teaching_texts(self) -> tuple[list[str], NDArray[np.intp]]:
+        """Texts to learn from, and the row that each comes from.
+
+        All prompts; then, where `text` differs from it, the bare text too: once as the experts were asked (with an
+        instruction), once as a user would type it.
+        """
+        bare = [i for i, text in enumerate(self.text or []) if text and text != self.prompt[i]]
+        texts = self.prompt + [self.text[i] for i in bare] if self.text else list(self.prompt)
+        return texts, np.array([*range(len(self)), *bare], dtype=np.intp)
+
     def held_out(self, fraction: float, salt: str = "") -> NDArray[np.bool_]:
         """bool [n]: the rows that a split by hash of `prompt_id` keeps from training."""
         return np.array([fraction_of(i, salt) < fraction for i in self.prompt_id], dtype=bool)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from signalbox.router.artifact import Trainable, predictor_class, save_artifact
+from signalbox.router.artifact import ArtifactError, Trainable, predictor_class, save_artifact
 from signalbox.router.encoder import Encoder
 from signalbox.router.table import Table, TableError
 
@@ -30,11 +30,12 @@ class Trained:
     training: Table
     held_out: Table
     figures: dict[str, Any]
+    encoder: Encoder | None
 
 
 def train(
     table: Table,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
     kind: str = "tryage",
     pool: Sequence[str] | None = None,
@@ -46,11 +47,14 @@ def train(
 
     Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays
     on one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it
-    goes. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such kind).
+    goes. A kind without an encoder needs none; where one is given, it embeds the rows for the kNN line of `save`.
+    Raises `TableError` (columns, too few rows) and `ArtifactError` (no such kind, or its encoder is missing).
     """
     if not 0.0 <= holdout < 1.0:
         raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
     cls = predictor_class(kind)
+    if encoder is None and cls.uses_encoder:
+        raise ArtifactError(f"a router of kind {kind} needs an encoder")
     complete = table.pool(pool).complete()
     if not len(complete):
         raise TableError("no row has a measurement of every expert of the pool")
@@ -70,15 +74,17 @@ def train(
         "majority": training.models[majority(training)],
         "best_single": training.models[int(training.score.mean(axis=0).argmax())],
         "best_of_task": best_of_task(training),
+        "mean_cost": mean_cost(training),
     }
-    return Trained(predictor, training, held_out, figures)
+    return Trained(predictor, training, held_out, figures, encoder)
 
 
 def save(trained: Trained, path: str | Path, *, neighbours: bool = True) -> None:
     """Write the artifact directory.
 
     It holds the hashes of the training prompts, so that `evaluate` can leave those out of any table; and, unless
-    `neighbours` is False, embeddings and scores of the training rows, with which it can tell what kNN would reach.
+    `neighbours` is False or there was no encoder, embeddings and scores of the training rows, with which it can tell
+    what kNN would reach.
     """
     artifact = trained.predictor.to_artifact()
     seen = np.unique(np.array([prompt_hash(p) for p in trained.training.prompt], dtype=np.int64))
@@ -87,15 +93,23 @@ def save(trained: Trained, path: str | Path, *, neighbours: bool = True) -> None
         tensors={**artifact.tensors, "seen": seen},
         training={**artifact.training, **trained.figures},
     )
-    save_artifact(artifact, path, neighbours=neighbours_of(trained) if neighbours else None)
+    kept = neighbours_of(trained) if neighbours else None
+    if kept is not None and trained.encoder is not None:
+        artifact.training["neighbours_encoder"] = trained.encoder.reference
+    save_artifact(artifact, path, neighbours=kept)
 
 
-def neighbours_of(trained: Trained) -> dict[str, NDArray[Any]]:
-    """`embeddings` float16 [n, d] and `scores` float32 [n, E] of the training rows, `MAX_NEIGHBOURS` at most."""
+def neighbours_of(trained: Trained) -> dict[str, NDArray[Any]] | None:
+    """`embeddings` float16 [n, d] and `scores` float32 [n, E] of the training rows, `MAX_NEIGHBOURS` at most.
+
+    None where the router was trained without an encoder.
+    """
+    if trained.encoder is None:
+        return None
     rows = trained.training
     if len(rows) > MAX_NEIGHBOURS:
         rows = rows.rows(np.random.default_rng(0).permutation(len(rows))[:MAX_NEIGHBOURS])
-    embeddings = trained.predictor.encoder.encode(rows.prompt)
+    embeddings = trained.encoder.encode(rows.prompt)
     return {"embeddings": embeddings.astype(np.float16), "scores": rows.score.astype(np.float32)}
 
 
@@ -116,3 +130,11 @@ def best_of_task(rows: Table) -> dict[str, str]:
     tasks = np.array(rows.task)
     named = sorted(set(rows.task) - {""})
     return {str(task): rows.models[int(rows.score[tasks == task].mean(axis=0).argmax())] for task in named}
+
+
+def mean_cost(rows: Table) -> dict[str, float]:
+    """US dollars that each expert costs on a prompt of this table; without those of which nothing is known."""
+    cost = rows.measures.get("cost")
+    if cost is None:
+        return {}
+    return {name: float(np.nanmean(c)) for name, c in zip(rows.models, cost.T, strict=True) if not np.isnan(c).all()}

@@ -11,7 +11,7 @@ table has judged scores in place of losses, the same regression learns those.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class TryagePredictor:
     """
 
     kind = "tryage"
+    uses_encoder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class TryagePredictor:
         """
         if len(table) < 4 * FOLDS:
             raise TableError(f"{len(table)} complete rows are too few to train on: at least {4 * FOLDS} are needed")
-        texts, origin = _with_bare_texts(table)
+        texts, origin = table.teaching_texts()
         encoder.reserve(len(texts))
         notify = report or (lambda step, done, of: None)
         done = 0
@@ -172,17 +173,6 @@ class TryagePredictor:
 def _quality(prediction: Matrix) -> Matrix:
     """Regression output -> quality float32 [n, E] in [0, 1]."""
     return np.clip(prediction, 0.0, 1.0).astype(np.float32)
-
-
-def _with_bare_texts(table: Table) -> tuple[list[str], np.ndarray]:
-    """Texts to learn from, and the row that each comes from."""
-    origin = list(range(len(table)))
-    texts = list(table.prompt)
-    for i, text in enumerate(table.text or []):
-        if text and text != table.prompt[i]:
-            texts.append(text)
-            origin.append(i)
-    return texts, np.array(origin)
 
 
 def _routed_quality(prediction: Matrix, scores: Matrix) -> float:

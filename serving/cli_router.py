@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +110,7 @@ def _fingerprint(expert: ExpertConfig) -> str:
 def train_command(
     table: Annotated[Path, typer.Option(help="table of scores or losses")],
     out: Annotated[Path, typer.Option(help="folder of the trained router")],
-    kind: Annotated[str, typer.Option(help="which router to train")] = "tryage",
+    kind: Annotated[str, typer.Option(help="which router to train: tryage or lexical (no encoder)")] = "tryage",
     pool: Pool = "all",
     holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of rows kept for evaluation")] = 0.2,
     seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
@@ -127,12 +127,12 @@ def train_command(
         from signalbox.router.evaluate import evaluate
         from signalbox.router.table import read_table
 
-        predictor_class(kind)  # before anything slow
+        needed = predictor_class(kind).uses_encoder or neighbours  # raises before anything slow
         rows = read_table(table)
         with _progress() as bar:
             trained = training.train(
                 rows,
-                load_encoder(encoder),
+                load_encoder(encoder) if needed else None,
                 kind=kind,
                 pool=_names(pool),
                 holdout=holdout,
@@ -149,7 +149,7 @@ def train_command(
             result = evaluate(
                 trained.predictor,
                 trained.held_out,
-                trained.predictor.encoder,
+                trained.encoder,
                 artifact=artifact,
                 neighbours=training.neighbours_of(trained),
             )
@@ -162,6 +162,7 @@ def train_command(
 def eval_command(
     artifact: Annotated[Path, typer.Option(help="folder of the trained router")],
     table: Annotated[Path, typer.Option(help="table with the router's experts; rows it was trained on are left out")],
+    pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,
     json: Annotated[Path | None, typer.Option(help="file for the figures")] = None,
 ) -> None:
     """Judge a router on rows it has not seen, beside best single, majority, random, kNN and oracle."""
@@ -172,8 +173,11 @@ def eval_command(
         from signalbox.router.table import read_table
 
         found = read_artifact(artifact)
+        weak_strong = None if pair is None else _pair_of(pair, found.experts)
         rows = read_table(table).pool(found.experts)
-        encoder = load_encoder(found.encoder)
+        neighbours = load_neighbours(artifact)
+        reference = found.encoder or (found.training.get("neighbours_encoder") if neighbours else None)
+        encoder = load_encoder(reference) if reference else None
         predictor = load_predictor(artifact, encoder=encoder)
         with _progress() as bar:
             task = bar.add_task("encoding prompts", total=None)
@@ -182,7 +186,8 @@ def eval_command(
                 rows,
                 encoder,
                 artifact=found,
-                neighbours=load_neighbours(artifact),
+                neighbours=neighbours,
+                pair=weak_strong,
                 progress=lambda done, of: bar.update(task, completed=done, total=of),
             )
         show(result, f"{found.kind} {found.version} on {result.rows} rows of {table.name}")
@@ -231,6 +236,20 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
         + ("" if usual is None else f" (majority {usual:.1%})")
         + f"; regret {result.regret:.4f}{bits}"
     )
+    if result.aiq is not None and result.aiq_hull is not None:
+        out.print(f"AIQ {result.aiq:.4f} (hull of the single experts {result.aiq_hull:.4f})")
+    if result.pair is not None:
+        out.print(
+            f"from {escape(result.pair[0])} to {escape(result.pair[1])}: APGR {result.apgr:.4f}, "
+            f"CPT(50 %) {result.cpt50:.1%}, CPT(80 %) {result.cpt80:.1%} of the calls (random .5, 50 %, 80 %)"
+        )
+    if result.collapse:
+        most, share = max(result.share.items(), key=lambda item: item[1])
+        half = result.collapse[len(result.collapse) // 2]
+        out.print(
+            f"most chosen: {escape(most)} {share:.0%}, "
+            f"at half the budget {escape(half['most_chosen'])} {half['share']:.0%}"
+        )
     if result.bare_text_quality is not None:
         out.print(f"shown the bare text without instruction: quality {result.bare_text_quality:.4f}")
     z = result.calibration
@@ -274,6 +293,15 @@ def _names(pool: str) -> list[str] | None:
     if not names:
         raise typer.BadParameter("the pool is empty: name experts, comma-separated, or say `all`")
     return None if names == ["all"] else names
+
+
+def _pair_of(pair: str, experts: Sequence[str]) -> tuple[str, str]:
+    """`weak:strong` -> two experts; their own names may hold a colon."""
+    splits = [(pair[:i], pair[i + 1 :]) for i, letter in enumerate(pair) if letter == ":"]
+    for weak, strong in splits:
+        if weak in experts and strong in experts:
+            return weak, strong
+    raise typer.BadParameter(f"--pair {pair}: name two of the router's experts, WEAK:STRONG ({', '.join(experts)})")
 
 
 def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 from typer.testing import CliRunner
@@ -51,6 +53,31 @@ def test_train_then_eval(table: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = orjson.loads(figures.read_bytes())
     assert found["rows"] >= 55 and found["wins"]
+    assert found["apgr"] is None is found["aiq"]
+
+
+def test_a_pair_on_the_command_line(table: Path, tmp_path: Path) -> None:
+    """The coder is made better by far on all prompts: from the cook to the coder there is a gap."""
+    rows = read_table(table)
+    losses = rows.measures["loss"] + [0.0, 0.5, 0.0]
+    priced = replace(rows, measures={"loss": losses, "cost": np.full((240, 3), [0.001, 0.002, 0.01])})
+    write_table(priced, tmp_path / "priced.csv")
+    out, figures = str(tmp_path / "router"), tmp_path / "eval.json"
+    arguments = ["--table", str(tmp_path / "priced.csv")]
+    assert run.invoke(router_app, ["train", "--no-neighbours", "--out", out, *arguments]).exit_code == 0
+    command = ["eval", "--artifact", out, *arguments, "--json", str(figures), "--pair"]
+    result = run.invoke(router_app, [*command, "cook:coder"])
+    assert result.exit_code == 0, result.output
+    assert "from cook to coder: APGR" in words(result.output) and "AIQ" in result.output
+    found = orjson.loads(figures.read_bytes())
+    assert found["pair"] == ["cook", "coder"] and found["apgr"] > 0.6
+    assert found["cpt50"] <= found["cpt80"] < 0.8 and found["aiq"] > found["aiq_hull"]
+    assert orjson.loads((tmp_path / "router" / "router.json").read_bytes())["training"]["mean_cost"][
+        "coder"
+    ] == pytest.approx(0.01)
+    for pair, message in (("cook", "WEAK:STRONG"), ("cook:chef", "WEAK:STRONG"), ("coder:cook", "wrong way round")):
+        result = run.invoke(router_app, [*command, pair])
+        assert result.exit_code == 2 and message in words(result.output), result.output
 
 
 def test_a_part_of_the_pool(table: Path, tmp_path: Path) -> None:

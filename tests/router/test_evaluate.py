@@ -9,7 +9,7 @@ from signalbox.router.base import Prediction, Prompt
 from signalbox.router.encoder import SentenceEncoder
 from signalbox.router.evaluate import calibration, evaluate
 from signalbox.router.table import Table, TableError
-from signalbox.router.train import best_of_task, majority, prompt_hash, train
+from signalbox.router.train import best_of_task, majority, mean_cost, prompt_hash, train
 
 
 class Fixed:
@@ -79,11 +79,51 @@ def test_rows_that_were_trained_on_are_left_out(encoder: SentenceEncoder) -> Non
         evaluate(Fixed(rows, [0] * 4), rows, encoder, artifact=everything)
 
 
+def test_cost_and_pair_figures_by_hand(encoder: SentenceEncoder) -> None:
+    rows = table()
+    result = evaluate(Fixed(rows, [0, 0, 1, 1]), rows, encoder, pair=("b", "a"), decisions=1)
+    # "a" costs 2 and scores .5625 on the mean, "b" 1 and .46875; this router pays 1.5 for .625, then more is no use.
+    low, high = (0.25 + 0.125 + 0.5 + 1) / 4, (0.5 + 0.5 + 0.5 + 1) / 4
+    assert result.aiq_hull == pytest.approx((low + 2.25 / 4) / 2)
+    assert result.aiq == pytest.approx(((low + high) / 2 + high) / 2)
+    assert result.collapse is not None and len(result.collapse) == 11
+    assert (result.collapse[0]["most_chosen"], result.collapse[0]["share"]) == ("b", 1.0)
+    assert result.collapse[-1]["share"] == 0.5
+    # To "a" go first the two prompts on which it is better by .25 and .375, of a gap of .375 in all.
+    assert result.pair == ["b", "a"] and result.cpt50 == result.cpt80 == 0.25
+    # Predictions tie within each pair of prompts: 5/6, 5/3, then (5/3 + 1) / 2, 1.
+    assert result.apgr == pytest.approx((0 / 2 + 5 / 6 + 5 / 3 + 4 / 3 + 1 / 2) / 4)
+    assert result.to_json()["collapse"][0]["budget"] == 1.0
+
+
+def test_the_router_knows_the_costs_of_training_alone(encoder: SentenceEncoder) -> None:
+    """In training "b" was the dear one: the router that then saves money by "a" pays more on these rows."""
+    rows = table()
+    artifact = Artifact("fixed", ("a", "b"), {}, training={"mean_cost": {"a": 1.0, "b": 2.0}})
+    informed = evaluate(Fixed(rows, [1] * 4), rows, encoder, decisions=1)
+    misled = evaluate(Fixed(rows, [1] * 4), rows, encoder, artifact=artifact, decisions=1)
+    assert informed.collapse is not None and misled.collapse is not None
+    assert informed.collapse[-1]["most_chosen"] == misled.collapse[0]["most_chosen"] == "b"
+    assert mean_cost(rows) == {"a": 2.0, "b": 1.0} and mean_cost(table(measures={"loss": np.ones((4, 2))})) == {}
+
+
+def test_a_pair_that_is_none(encoder: SentenceEncoder) -> None:
+    rows = table()
+    for pair, message in (
+        (("a", "c"), "no expert 'c'"),
+        (("a", "a"), "on both sides"),
+        (("a", "b"), r"not better.*0\.5625 and 0\.4688"),
+    ):
+        with pytest.raises(TableError, match=message):
+            evaluate(Fixed(rows, [0] * 4), rows, encoder, pair=pair, decisions=1)
+
+
 def test_rows_that_lack_an_expert_are_left_out(encoder: SentenceEncoder) -> None:
     losses = np.array([[1.0, np.nan], [1.0, 3.0], [2.0, 1.0], [0.0, 0.0]])
     rows = table(measures={"loss": losses})
     result = evaluate(Fixed(rows, [0] * 4), rows, encoder, decisions=1)
     assert (result.rows, result.excluded_incomplete, result.cheapest) == (3, 1, None)
+    assert result.aiq is result.aiq_hull is result.collapse is result.apgr is None
 
 
 def test_knn_finds_what_is_near(encoder: SentenceEncoder) -> None:
