@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from signalbox.router.base import Predictor
+from signalbox.router.base import Facts, Predictor
 from signalbox.router.encoder import DEFAULT_ENCODER, Encoder, load_encoder
 from signalbox.router.table import Table
 
@@ -38,6 +38,9 @@ KINDS = {
     "tryage": "signalbox.router.tryage:TryagePredictor",
     "lexical": "signalbox.router.lexical:LexicalPredictor",
 }
+
+
+Report = Callable[[str, int, int], None]
 
 
 class ArtifactError(ValueError):
@@ -94,8 +97,16 @@ class Trainable(Predictor, Protocol):
         """The predictor of these experts, a selection of the artifact's, in this order."""
 
     @classmethod
-    def fit(cls, table: Table, encoder: Encoder | None, *, seed: int = 0, report: Any = None) -> Trainable:
-        """Learn from complete rows."""
+    def fit(
+        cls,
+        table: Table,
+        encoder: Encoder | None,
+        *,
+        seed: int = 0,
+        report: Report | None = None,
+        facts: Facts | None = None,
+    ) -> Trainable:
+        """Learn from complete rows; `report(step, done, of)` is called as it goes."""
 
 
 def predictor_class(kind: str) -> type[Trainable]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -39,6 +40,21 @@ class Prediction:
     def row(self, i: int) -> dict[str, tuple[float, float]]:
         """Expert name -> (quality, uncertainty) of prompt `i`."""
         return {name: (float(self.quality[i, e]), float(self.uncertainty[i, e])) for e, name in enumerate(self.experts)}
+
+
+@dataclass(slots=True, frozen=True)
+class Facts:
+    """What is known of the experts beside the table: their size and what they are said to be for.
+
+    parameters: expert -> number of parameters, all of which must be resident; active: expert -> parameters that one
+    token uses, where fewer (mixtures of experts); descriptions: expert -> text; budget: most resident parameters of
+    all experts that a router may choose from, None for no limit. Kinds that need none of it pass it over.
+    """
+
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    active: Mapping[str, float] = field(default_factory=dict)
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    budget: float | None = None
 
 
 @runtime_checkable

@@ -7,15 +7,15 @@ learned beside the scores and never read when predicting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from signalbox.router import heads
-from signalbox.router.artifact import Artifact, ArtifactError
-from signalbox.router.base import Prediction, Prompt
+from signalbox.router.artifact import Artifact, ArtifactError, Report
+from signalbox.router.base import Facts, Prediction, Prompt
 from signalbox.router.encoder import Encoder
 from signalbox.router.ngrams import BITS, FAMILIES, FEATURES, SURFACE, Vocabulary, ngrams, surface, to_bytes
 from signalbox.router.stacking import (
@@ -95,7 +95,8 @@ class LexicalPredictor:
         encoder: Encoder | None = None,
         *,
         seed: int = 0,
-        report: Callable[[str, int, int], None] | None = None,
+        report: Report | None = None,
+        facts: Facts | None = None,
     ) -> LexicalPredictor:
         """Learn from the rows of `table`, all of which must be complete; the encoder is not used.
 

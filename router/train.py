@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from signalbox.router.artifact import ArtifactError, Trainable, predictor_class, save_artifact
+from signalbox.router.artifact import ArtifactError, Report, Trainable, predictor_class, save_artifact
+from signalbox.router.base import Facts
 from signalbox.router.encoder import Encoder
 from signalbox.router.table import Table, TableError
 
 HOLDOUT = 0.2
 # Rows kept for the kNN line of a later `eval` (about 1 kB each with 10 experts).
 MAX_NEIGHBOURS = 16384
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,15 @@ def train(
     holdout: float = HOLDOUT,
     seed: int = 0,
     report: Report | None = None,
+    facts: Facts | None = None,
 ) -> Trained:
     """Fit a router of `kind` on the rows that the split does not hold out.
 
-    Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays
-    on one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it
-    goes. A kind without an encoder needs none; where one is given, it embeds the rows for the kNN line of `save`.
-    Raises `TableError` (columns, too few rows) and `ArtifactError` (no such kind, or its encoder is missing).
+        Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays
+        on one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it
+    goes; `facts` is handed on to the kinds that can use it. A kind without an encoder needs none; where one is given, it
+        embeds the rows for the kNN line of `save`. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such
+        kind, or its encoder is missing).
     """
     if not 0.0 <= holdout < 1.0:
         raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
@@ -62,7 +63,7 @@ def train(
     held_prompts = {p for p, h in zip(complete.prompt, held, strict=True) if h}
     kept = np.array([p not in held_prompts for p in complete.prompt])
     training, held_out = complete.rows(kept & ~held), complete.rows(held)
-    predictor = cls.fit(training, encoder, seed=seed, report=report)
+    predictor = cls.fit(training, encoder, seed=seed, report=report, facts=facts)
     figures = {
         "table_sha256": table.sha256,
         "table_rows": len(table),

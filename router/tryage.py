@@ -10,14 +10,14 @@ table has judged scores in place of losses, the same regression learns those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from signalbox.router import heads
-from signalbox.router.artifact import Artifact, ArtifactError
-from signalbox.router.base import Prediction, Prompt
+from signalbox.router.artifact import Artifact, ArtifactError, Report
+from signalbox.router.base import Facts, Prediction, Prompt
 from signalbox.router.encoder import Encoder
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.heads import Head, Matrix
@@ -81,7 +81,8 @@ class TryagePredictor:
         encoder: Encoder,
         *,
         seed: int = 0,
-        report: Callable[[str, int, int], None] | None = None,
+        report: Report | None = None,
+        facts: Facts | None = None,
     ) -> TryagePredictor:
         """Learn from the rows of `table`, all of which must be complete.
 
