@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -47,13 +47,13 @@ class Facts:
     """What is known of the experts beside the table: their size and what they are said to be for.
 
     parameters: expert -> number of parameters, all of which must be resident; active: expert -> parameters that one
-    token uses, where fewer (mixtures of experts); descriptions: expert -> text; budget: most resident parameters of
-    all experts that a router may choose from, None for no limit. Kinds that need none of it pass it over.
+    token uses, where fewer (mixtures of experts); descriptions: expert -> text, or several; budget: most resident
+    parameters of all experts that a router may choose from, None for no limit. Kinds that need none of it pass it over.
     """
 
     parameters: Mapping[str, float] = field(default_factory=dict)
     active: Mapping[str, float] = field(default_factory=dict)
-    descriptions: Mapping[str, str] = field(default_factory=dict)
+    descriptions: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     budget: float | None = None
 
 
