@@ -37,6 +37,12 @@ TENSORS, DESCRIPTION, NEIGHBOURS = "router.safetensors", "router.json", "neighbo
 KINDS = {
     "tryage": "signalbox.router.tryage:TryagePredictor",
     "lexical": "signalbox.router.lexical:LexicalPredictor",
+    "knn": "signalbox.router.knn:KnnPredictor",
+    "linear": "signalbox.router.linear:LinearPredictor",
+    "composition": "signalbox.router.composition:CompositionPredictor",
+    "stacked": "signalbox.router.stacked:StackedPredictor",
+    "cascade": "signalbox.router.cascade:CascadePredictor",
+    "single": "signalbox.router.single:SinglePredictor",
 }
 
 

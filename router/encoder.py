@@ -189,3 +189,16 @@ def load_encoder(reference: str = DEFAULT_ENCODER) -> SentenceEncoder:
     from signalbox.experts.models import resolve
 
     return SentenceEncoder(resolve(reference).path, reference=reference)
+
+
+def encode_all(encoder: Encoder, texts: Sequence[str], report: Callable[[str, int, int], None]) -> Embeddings:
+    """Embeddings float32 [n, dimension] of a whole table, kept in the encoder's cache; reports as it goes."""
+    encoder.reserve(len(texts))
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        report("encoding prompts", done, len(texts))
+
+    return encoder.encode(texts, progress=count)

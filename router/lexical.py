@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from signalbox.router import heads
 from signalbox.router.artifact import Artifact, ArtifactError, Report
 from signalbox.router.base import Facts, Prediction, Prompt
-from signalbox.router.encoder import Encoder
+from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.ngrams import BITS, FAMILIES, FEATURES, SURFACE, Vocabulary, ngrams, surface, to_bytes
 from signalbox.router.stacking import (
     AuxiliaryRidge,
@@ -43,20 +44,48 @@ MAX_TASKS = 64
 
 
 @dataclass(frozen=True)
+class EmbeddingBlock:
+    """Sentence embeddings beside the n-grams (`stacked.py`): centred, with a mean squared length of 1 in training.
+
+    mean: float32 [d], the training texts' mean embedding; gain: float32 [1].
+    """
+
+    encoder: Encoder
+    mean: FloatMatrix
+    gain: FloatMatrix
+
+    @classmethod
+    def fit(cls, encoder: Encoder, embeddings: FloatMatrix) -> EmbeddingBlock:
+        """From the training texts' embeddings [n, d]."""
+        mean = embeddings.mean(axis=0)
+        length = float(np.sqrt(((embeddings - mean) ** 2).sum(axis=1).mean()))
+        return cls(encoder, mean, np.array([1 / max(length, 1e-6)], dtype=np.float32))
+
+    def __call__(self, embeddings: FloatMatrix) -> FloatMatrix:
+        """float32 [n, d]."""
+        return (embeddings - self.mean) * self.gain
+
+
+@dataclass(frozen=True)
 class LexicalFeatures:
     """A prompt's text to the first stage's predictions."""
 
     vocabulary: Vocabulary
     surface: FourierFeatures
     auxiliary: AuxiliaryRidge
+    embedding: EmbeddingBlock | None = None
 
     def __call__(self, texts: Sequence[str]) -> FloatMatrix:
         """Auxiliary predictions float32 [n, t]."""
         out = np.empty((len(texts), self.auxiliary.offset.size), dtype=np.float32)
-        for row, text in zip(out, texts, strict=True):
+        embedded = None if self.embedding is None else self.embedding(self.embedding.encoder.encode(texts))
+        for i, text in enumerate(texts):
             raw = to_bytes(text)
             columns, weights = self.vocabulary.encode(ngrams(raw))
-            row[:] = self.auxiliary.one(columns, weights, _kernel(self.surface, surface(raw)))
+            dense = _kernel(self.surface, surface(raw))
+            if embedded is not None:
+                dense = np.concatenate([dense, embedded[i]])
+            out[i] = self.auxiliary.one(columns, weights, dense)
         return out
 
 
@@ -81,12 +110,25 @@ class LexicalPredictor:
         self.deviation = deviation
         self.spread = spread
         self.training = training or {}
+        # What `fit` learned from, not saved: rows of the table [n], and quality [n, E] as predicted without each.
+        self.taught: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+        self.left_out: FloatMatrix | None = None
+
+    @property
+    def encoder_reference(self) -> str:
+        """Of the sentence encoder, or nothing."""
+        return "" if self.features.embedding is None else self.features.embedding.encoder.reference
 
     def predict(self, prompts: list[Prompt]) -> Prediction:
         """Predict all experts on all prompts; blocking, thread-safe, and without state. Reads the text alone."""
+        return self.predict_with_features(prompts)[0]
+
+    def predict_with_features(self, prompts: list[Prompt]) -> tuple[Prediction, FloatMatrix]:
+        """As `predict`, and the second stage's inputs float32 [n, t], to which online learning adds its correction."""
         auxiliary = self.features([prompt.text for prompt in prompts])
         quality = np.clip(self.head(auxiliary), 0.0, 1.0).astype(np.float32)
-        return Prediction(self.experts, quality, self.deviation(self.head.inputs(auxiliary)), self.spread)
+        inputs = self.head.inputs(auxiliary)
+        return Prediction(self.experts, quality, self.deviation(inputs), self.spread), inputs
 
     @classmethod
     def fit(
@@ -97,8 +139,8 @@ class LexicalPredictor:
         seed: int = 0,
         report: Report | None = None,
         facts: Facts | None = None,
-    ) -> LexicalPredictor:
-        """Learn from the rows of `table`, all of which must be complete; the encoder is not used.
+    ) -> Self:
+        """Learn from the rows of `table`, all of which must be complete; the encoder is used by `stacked` alone.
 
         Rows whose `text` differs from their `prompt` teach twice, as in Tryage. Of more than `MAX_TEXTS` texts a
         random part is learned from. `report(step, done, of)` is called as it goes. Raises `TableError` with too few.
@@ -129,9 +171,14 @@ class LexicalPredictor:
         vocabulary = Vocabulary.fit(encoded)
         fourier = FourierFeatures.fit(found, FOURIER, 1 / SURFACE, seed)
         targets = _targets(table)[origin]
+        dense, embedding = _kernel(fourier, found), None
+        if cls.uses_encoder and encoder is not None:
+            embeddings = encode_all(encoder, [texts[row] for row in kept], notify)
+            embedding = EmbeddingBlock.fit(encoder, embeddings)
+            dense = np.hstack([dense, embedding(embeddings)])
         auxiliary, out_of_fold = fit_auxiliary(
             vocabulary.matrix(encoded),
-            _kernel(fourier, found),
+            dense,
             targets,
             folds,
             lambda done, of: notify("first stage", done, of),
@@ -157,12 +204,15 @@ class LexicalPredictor:
             "uncertainty": deviation.figures,
         }
         spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
-        features = LexicalFeatures(vocabulary, fourier, auxiliary)
-        return cls(table.models, features, head, deviation, spread, figures)
+        features = LexicalFeatures(vocabulary, fourier, auxiliary, embedding)
+        fitted = cls(table.models, features, head, deviation, spread, figures)
+        fitted.taught, fitted.left_out = origin, np.clip(guesses, 0.0, 1.0).astype(np.float32)
+        return fitted
 
     def to_artifact(self) -> Artifact:
         """Everything `from_artifact` needs."""
         vocabulary, auxiliary = self.features.vocabulary, self.features.auxiliary
+        block = self.features.embedding
         return Artifact(
             kind=self.kind,
             experts=self.experts,
@@ -175,15 +225,16 @@ class LexicalPredictor:
                 **self.features.surface.tensors("surface."),
                 **self.head.tensors("head."),
                 **self.deviation.tensors("deviation."),
+                **({} if block is None else {"embedding.mean": block.mean, "embedding.gain": block.gain}),
             },
             settings={"features": FEATURES},
             training=self.training,
-            encoder="",
+            encoder=self.encoder_reference,
             spread=self.spread,
         )
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact, encoder: Encoder | None, experts: Sequence[str]) -> LexicalPredictor:
+    def from_artifact(cls, artifact: Artifact, encoder: Encoder | None, experts: Sequence[str]) -> Self:
         """The predictor of these experts, a selection of the artifact's. Raises `ArtifactError` where it is damaged."""
         where = artifact.path or "router artifact"
         if artifact.settings.get("features") != FEATURES:
@@ -196,14 +247,20 @@ class LexicalPredictor:
             raise ArtifactError(f"{where}: vocabulary.slots is not an ascending list of hash slots; train it again")
         width = artifact.tensors.get("auxiliary.offset", np.zeros(0)).size
         columns = [artifact.experts.index(name) for name in experts]
+        block, dense = None, FOURIER
+        if cls.uses_encoder and encoder is not None:
+            d = encoder.dimension
+            block = EmbeddingBlock(encoder, artifact.tensor("embedding.mean", d), artifact.tensor("embedding.gain", 1))
+            dense += d
         features = LexicalFeatures(
             Vocabulary.of(slots.astype(np.int64), artifact.tensor("vocabulary.idf", slots.size)),
             load_fourier(artifact, "surface.", SURFACE, FOURIER),
             AuxiliaryRidge(
                 artifact.tensor("auxiliary.weight", slots.size, width),
-                artifact.tensor("auxiliary.dense_weight", FOURIER, width),
+                artifact.tensor("auxiliary.dense_weight", dense, width),
                 artifact.tensor("auxiliary.offset", width),
             ),
+            block,
         )
         head = load_quality_head(artifact, "head.", width, FOURIER, columns)
         deviation = load_deviation(artifact, "deviation.", width, columns)

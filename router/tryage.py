@@ -18,7 +18,7 @@ import numpy as np
 from signalbox.router import heads
 from signalbox.router.artifact import Artifact, ArtifactError, Report
 from signalbox.router.base import Facts, Prediction, Prompt
-from signalbox.router.encoder import Encoder
+from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.heads import Head, Matrix
 from signalbox.router.table import Table, TableError, fraction_of
@@ -62,8 +62,13 @@ class TryagePredictor:
         Reads the text alone: it was trained on user turns, and a system prompt, the same for all requests of an
         application, would only move all of them by the same step.
         """
+        return self.predict_with_features(prompts)[0]
+
+    def predict_with_features(self, prompts: list[Prompt]) -> tuple[Prediction, Matrix]:
+        """As `predict`, and the embeddings float32 [n, d], to which online learning adds its correction."""
         texts = [prompt.text for prompt in prompts]
-        return self.from_embeddings(self.encoder.encode(texts), texts)
+        embeddings = self.encoder.encode(texts)
+        return self.from_embeddings(embeddings, texts), embeddings
 
     def from_embeddings(self, embeddings: Matrix, texts: Sequence[str]) -> Prediction:
         """Predict from embeddings float32 [n, d] of the texts that are known already."""
@@ -93,16 +98,8 @@ class TryagePredictor:
         if len(table) < 4 * FOLDS:
             raise TableError(f"{len(table)} complete rows are too few to train on: at least {4 * FOLDS} are needed")
         texts, origin = table.teaching_texts()
-        encoder.reserve(len(texts))
         notify = report or (lambda step, done, of: None)
-        done = 0
-
-        def encoded(count: int) -> None:
-            nonlocal done
-            done += count
-            notify("encoding prompts", done, len(texts))
-
-        embeddings = encoder.encode(texts, progress=encoded)
+        embeddings = encode_all(encoder, texts, notify)
         features = np.hstack([embeddings, structure(texts)])
         scores = table.score[origin]
         folds = np.array([int(fraction_of(i, "fold") * FOLDS) for i in table.prompt_id])
