@@ -43,6 +43,7 @@ KINDS = {
     "stacked": "signalbox.router.stacked:StackedPredictor",
     "cascade": "signalbox.router.cascade:CascadePredictor",
     "single": "signalbox.router.single:SinglePredictor",
+    "irt": "signalbox.router.irt:IrtPredictor",
 }
 
 
