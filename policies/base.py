@@ -37,6 +37,17 @@ class Objective(Strict):
     age: float = Field(0.0, ge=0, description="weight of the age (newest 0, oldest 1)")
 
 
+class Explore(Strict):
+    """How much may be risked to learn which expert is better. Every ceiling holds for explored experts too."""
+
+    share: float = Field(
+        0.0, ge=0, le=0.5, description="greatest share of requests that go to another expert than the best one; 0: none"
+    )
+    max_loss: float = Field(
+        0.05, ge=0, le=1, description="predicted quality, in [0, 1], that such a request may give away"
+    )
+
+
 class Policy(Strict):
     """One SLA, named in the configuration and asked for as `auto:NAME`."""
 
@@ -50,6 +61,7 @@ class Policy(Strict):
     on_no_candidates: Literal["cheapest", "best", "fail"] = Field(
         "fail", description="what to do when every expert is struck out by a ceiling"
     )
+    explore: Explore = Field(default_factory=lambda: Explore(), description="exploration, for learning from outcomes")
 
 
 @dataclass(slots=True, frozen=True)

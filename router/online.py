@@ -283,12 +283,11 @@ def learn(state: OnlineState, outcome: Outcome, learning: Learning) -> tuple[Onl
 
 
 def _guard(state: OnlineState, learning: Learning) -> Event | None:
-    if state.worse.weight >= learning.evidence:
-        if state.worse.mean - learning.guard_errors * state.worse.error > TOLERANCE:
-            return "worse"
-    if state.slope.weight >= learning.evidence:
-        if state.slope.value + learning.guard_errors * state.slope.error < LEAST_SLOPE:
-            return "contradicted"
+    worse, slope, sure = state.worse, state.slope, learning.guard_errors
+    if worse.weight >= learning.evidence and worse.mean - sure * worse.error > TOLERANCE:
+        return "worse"
+    if slope.weight >= learning.evidence and slope.value + sure * slope.error < LEAST_SLOPE:
+        return "contradicted"
     return None
 
 
