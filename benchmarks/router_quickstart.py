@@ -21,7 +21,8 @@ from benchmarks.report import ROOT, Row, print_table, write_results
 from signalbox.router import train as training
 from signalbox.router.artifact import load_predictor, read_artifact
 from signalbox.router.encoder import load_encoder
-from signalbox.router.evaluate import Evaluation, evaluate
+from signalbox.router.evaluate import evaluate
+from signalbox.router.judge import Evaluation
 from signalbox.router.table import read_table, write_table
 from signalbox.router.texts import Text, arithmetic_texts, read_texts
 from signalbox.serving.cli_router import collect_pool, show, training_report
@@ -91,9 +92,9 @@ def results(result: Evaluation, name: str) -> list[Row]:
     rows += [
         Row(name, "uncertainty, rms of residual / deviation", calibration["z_rms"], "", reference=1.0),
         Row(name, "residuals within one deviation", calibration["within_1sd"], "share", reference=0.683),
-        Row(name, f"decision p50, {result.threads} threads", result.decision_ms["p50"], "ms"),
-        Row(name, f"decision p99, {result.threads} threads", result.decision_ms["p99"], "ms"),
     ]
+    if result.decision_ms is not None:
+        rows += [Row(name, f"decision {p}, one thread", result.decision_ms[p], "ms") for p in ("p50", "p99")]
     rows += [Row(name, f"share of {expert}", share, "share of prompts") for expert, share in result.share.items()]
     for task, figures in result.tasks.items():
         rows.append(

@@ -160,6 +160,11 @@ class Table:
         texts = self.prompt + [self.text[i] for i in bare] if self.text else list(self.prompt)
         return texts, np.array([*range(len(self)), *bare], dtype=np.intp)
 
+    def sample(self, most: int) -> NDArray[np.intp]:
+        """Positions int [k], ascending, of at most this many rows, chosen by the hash of their prompt."""
+        order = np.argsort([fraction_of(p, "sample") for p in self.prompt], kind="stable")
+        return np.sort(order[:most])
+
     def held_out(self, fraction: float, salt: str = "") -> NDArray[np.bool_]:
         """bool [n]: the rows that a split by hash of `prompt_id` keeps from training."""
         return np.array([fraction_of(i, salt) < fraction for i in self.prompt_id], dtype=bool)

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from signalbox.router.artifact import ArtifactError, Report, Trainable, predictor_class, save_artifact
 from signalbox.router.base import Facts
-from signalbox.router.encoder import Encoder
+from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.table import Table, TableError
 
 HOLDOUT = 0.2
-# Rows kept for the kNN line of a later `eval` (about 1 kB each with 10 experts).
-MAX_NEIGHBOURS = 16384
+# Rows kept for the kNN line of a later `eval` (about 1 kB each with 10 experts), by whether the router itself needs
+# their embeddings: where it does not, only the line pays for them, and a slow CPU encodes some 50 rows a second.
+MAX_NEIGHBOURS = {True: 16384, False: 4096}
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ def train(
 ) -> Trained:
     """Fit a router of `kind` on the rows that the split does not hold out.
 
-        Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays
-        on one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it
-    goes; `facts` is handed on to the kinds that can use it. A kind without an encoder needs none; where one is given, it
-        embeds the rows for the kNN line of `save`. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such
-        kind, or its encoder is missing).
+    Rows where an expert of the pool was not measured are left out. A prompt that stands in the table twice stays on
+    one side: training rows whose prompt is also held out are dropped. `report(step, done, of)` is called as it goes;
+    `facts` is handed on to the kinds that can use it. A kind without an encoder needs none; where one is given, it
+    embeds rows for the kNN line of `save`. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such
+    kind, or its encoder is missing).
     """
     if not 0.0 <= holdout < 1.0:
         raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
@@ -72,20 +73,23 @@ def train(
         "held_out_rows": len(held_out),
         "holdout": holdout,
         "seed": seed,
-        "majority": training.models[majority(training)],
-        "best_single": training.models[int(training.score.mean(axis=0).argmax())],
-        "best_of_task": best_of_task(training),
-        "mean_cost": mean_cost(training),
+        **training_facts(training),
     }
     return Trained(predictor, training, held_out, figures, encoder)
 
 
-def save(trained: Trained, path: str | Path, *, neighbours: bool = True) -> None:
+def save(
+    trained: Trained,
+    path: str | Path,
+    *,
+    neighbours: bool | dict[str, NDArray[Any]] = True,
+    report: Report | None = None,
+) -> None:
     """Write the artifact directory.
 
     It holds the hashes of the training prompts, so that `evaluate` can leave those out of any table; and, unless
-    `neighbours` is False or there was no encoder, embeddings and scores of the training rows, with which it can tell
-    what kNN would reach.
+    `neighbours` is False or there was no encoder, embeddings and scores of training rows (`neighbours_of`, which may be
+    given), with which it can tell what kNN would reach.
     """
     artifact = trained.predictor.to_artifact()
     seen = np.unique(np.array([prompt_hash(p) for p in trained.training.prompt], dtype=np.int64))
@@ -94,24 +98,34 @@ def save(trained: Trained, path: str | Path, *, neighbours: bool = True) -> None
         tensors={**artifact.tensors, "seen": seen},
         training={**artifact.training, **trained.figures},
     )
-    kept = neighbours_of(trained) if neighbours else None
+    kept = neighbours if isinstance(neighbours, dict) else neighbours_of(trained, report) if neighbours else None
     if kept is not None and trained.encoder is not None:
         artifact.training["neighbours_encoder"] = trained.encoder.reference
     save_artifact(artifact, path, neighbours=kept)
 
 
-def neighbours_of(trained: Trained) -> dict[str, NDArray[Any]] | None:
+def neighbours_of(trained: Trained, report: Report | None = None) -> dict[str, NDArray[Any]] | None:
     """`embeddings` float16 [n, d] and `scores` float32 [n, E] of the training rows, `MAX_NEIGHBOURS` at most.
 
     None where the router was trained without an encoder.
     """
     if trained.encoder is None:
         return None
-    rows = trained.training
-    if len(rows) > MAX_NEIGHBOURS:
-        rows = rows.rows(np.random.default_rng(0).permutation(len(rows))[:MAX_NEIGHBOURS])
-    embeddings = trained.encoder.encode(rows.prompt)
+    rows, most = trained.training, MAX_NEIGHBOURS[trained.predictor.uses_encoder]
+    if len(rows) > most:
+        rows = rows.rows(np.random.default_rng(0).permutation(len(rows))[:most])
+    embeddings = encode_all(trained.encoder, rows.prompt, report or (lambda step, done, of: None))
     return {"embeddings": embeddings.astype(np.float16), "scores": rows.score.astype(np.float32)}
+
+
+def training_facts(training: Table) -> dict[str, Any]:
+    """What the reference lines of an evaluation may know: majority, best single, best of each task, mean costs."""
+    return {
+        "majority": training.models[majority(training)],
+        "best_single": training.models[int(training.score.mean(axis=0).argmax())],
+        "best_of_task": best_of_task(training),
+        "mean_cost": mean_cost(training),
+    }
 
 
 def prompt_hash(prompt: str) -> int:

@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 if TYPE_CHECKING:
     from signalbox.experts.catalog import ExpertConfig
     from signalbox.router.collect import Collected
-    from signalbox.router.evaluate import Evaluation
+    from signalbox.router.judge import Evaluation
     from signalbox.router.texts import Text
 
 router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
@@ -139,7 +139,8 @@ def train_command(
                 seed=seed,
                 report=training_report(bar),
             )
-        training.save(trained, out, neighbours=neighbours)
+            known = training.neighbours_of(trained, training_report(bar)) if neighbours else None
+        training.save(trained, out, neighbours=known or False)
         artifact = read_artifact(out)
         console.print(
             f"trained {kind} on {len(trained.training)} rows, head {artifact.training.get('head', '-')}: "
@@ -151,7 +152,7 @@ def train_command(
                 trained.held_out,
                 trained.encoder,
                 artifact=artifact,
-                neighbours=training.neighbours_of(trained),
+                neighbours=known,
             )
             show(result, f"{kind} on {result.rows} rows held out")
         else:
@@ -180,7 +181,6 @@ def eval_command(
         encoder = load_encoder(reference) if reference else None
         predictor = load_predictor(artifact, encoder=encoder)
         with _progress() as bar:
-            task = bar.add_task("encoding prompts", total=None)
             result = evaluate(
                 predictor,
                 rows,
@@ -188,7 +188,7 @@ def eval_command(
                 artifact=found,
                 neighbours=neighbours,
                 pair=weak_strong,
-                progress=lambda done, of: bar.update(task, completed=done, total=of),
+                progress=training_report(bar),
             )
         show(result, f"{found.kind} {found.version} on {result.rows} rows of {table.name}")
         if json is not None:
@@ -244,7 +244,7 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
             f"CPT(50 %) {result.cpt50:.1%}, CPT(80 %) {result.cpt80:.1%} of the calls (random .5, 50 %, 80 %)"
         )
     if result.collapse:
-        most, share = max(result.share.items(), key=lambda item: item[1])
+        most, share = result.most_chosen
         half = result.collapse[len(result.collapse) // 2]
         out.print(
             f"most chosen: {escape(most)} {share:.0%}, "
@@ -254,10 +254,19 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
         out.print(f"shown the bare text without instruction: quality {result.bare_text_quality:.4f}")
     z = result.calibration
     out.print(
-        f"uncertainty: z rms {z['z_rms']:.2f}, within one deviation {z['within_1sd']:.1%}, two {z['within_2sd']:.1%}; "
-        f"decision p50 {result.decision_ms['p50']:.1f} ms, p99 {result.decision_ms['p99']:.1f} ms "
-        f"({result.threads} threads)"
+        f"uncertainty: z rms {z['z_rms']:.2f}, within one deviation {z['within_1sd']:.1%}, two {z['within_2sd']:.1%}"
     )
+    for name, change in (result.robustness or {}).items():
+        out.print(
+            f"prompts with changed {name}: quality {change['difference']:+.4f}, same choice {change['same']:.0%} "
+            f"({change['rows']:.0f} rows)"
+        )
+    if result.decision_ms is not None:
+        slow = "" if result.slow_share is None else f", {result.slow_share:.0%} the slow way"
+        out.print(
+            f"decision p50 {result.decision_ms['p50']:.2f} ms, p99 {result.decision_ms['p99']:.2f} ms, "
+            f"one thread, encoder included{slow}"
+        )
     if len(result.tasks) > 1:
         out.print(_task_table(result))
 

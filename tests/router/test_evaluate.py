@@ -7,7 +7,8 @@ import pytest
 from signalbox.router.artifact import Artifact
 from signalbox.router.base import Prediction, Prompt
 from signalbox.router.encoder import SentenceEncoder
-from signalbox.router.evaluate import calibration, evaluate
+from signalbox.router.evaluate import evaluate
+from signalbox.router.judge import calibration
 from signalbox.router.table import Table, TableError
 from signalbox.router.train import best_of_task, majority, mean_cost, prompt_hash, train
 
@@ -59,7 +60,8 @@ def test_the_figures_by_hand(encoder: SentenceEncoder) -> None:
     assert result.share == {"a": 0.25, "b": 0.75}
     assert result.tasks["t"]["optimal_selection"] == 0.5 and result.tasks["u"]["best_single_expert"] == "b"
     assert result.majority is result.knn is result.told_task is None
-    assert result.decision_ms["p50"] > 0
+    assert result.decision_ms is not None and result.decision_ms["p50"] > 0
+    assert result.robustness is not None and set(result.robustness) == {"case", "noise", "padding"}
     for key in ("quality", "quality_se", "best_single", "random", "oracle", "knn", "optimal_selection", "regret"):
         assert key in orjson.loads(orjson.dumps(result.to_json()))
 
