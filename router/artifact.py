@@ -44,6 +44,7 @@ KINDS = {
     "cascade": "signalbox.router.cascade:CascadePredictor",
     "single": "signalbox.router.single:SinglePredictor",
     "irt": "signalbox.router.irt:IrtPredictor",
+    "skills": "signalbox.router.skills:SkillsPredictor",
 }
 
 
