@@ -45,7 +45,9 @@ from signalbox.router.base import FloatMatrix, Prediction, Predictor, Prompt
 Vector = NDArray[np.float64]
 Event = Literal["worse", "contradicted"]
 
+# Names what phi holds; a state of another phi is refused.
 # phi: bias, mean quality, each expert's quality less the mean (MOST_QUALITIES), the predictor's own (MOST_FEATURES).
+PHI = "phi-1"
 MOST_QUALITIES, MOST_FEATURES = 16, 32
 QUALITY_UNIT = 0.1  # a gap in predicted quality that counts as 1
 CLIP = 3.0
@@ -197,7 +199,7 @@ class OnlineState:
             "rollbacks": self.rollbacks,
             "cool_down": self.cool_down,
         }
-        said = orjson.dumps({"version": self.version, "experts": self.experts, **numbers})
+        said = orjson.dumps({"phi": PHI, "version": self.version, "experts": self.experts, **numbers})
         guard = [self.worse, self.error_online, self.error_shipped]
         tensors = {
             "mean": np.stack(self.mean),
@@ -215,6 +217,8 @@ class OnlineState:
             tensors = load(data)
             header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             said = orjson.loads(header["__metadata__"]["online"])
+            if said.pop("phi") != PHI:
+                raise ValueError(f"it was learned on other features than {PHI}")
             experts, mean, covariance = tuple(said.pop("experts")), tensors["mean"], tensors["covariance"]
             if mean.ndim != 2 or len(mean) != len(experts) or covariance.shape != (*mean.shape, mean.shape[1]):
                 raise ValueError("shapes of mean and covariance do not fit")
@@ -336,7 +340,8 @@ class OnlineRouter:
         self.experts = tuple(base.experts)
         self.version = version
         self.learning = learning or Learning()
-        self.state: OnlineState | None = None  # None: nothing was ever learned, and phi's length is not known yet
+        self.state: OnlineState | None = None  # None: nothing was ever learned
+        self.dimension: int | None = None  # of phi, known from the first prediction on
 
     def predict(self, prompts: list[Prompt]) -> Prediction:
         """Predict all experts on all prompts; blocking and thread-safe."""
@@ -345,11 +350,14 @@ class OnlineRouter:
     def predict_online(self, prompts: list[Prompt]) -> OnlinePrediction:
         """As `predict`, with what the prediction was made of."""
         shipped, features = features_of(self.base, prompts)
+        self.dimension = features.shape[1]
         return corrected(shipped, features, self.state, self.learning)
 
     def restore(self, state: OnlineState) -> bool:
         """Go on from this state; False, and nothing is done, where it belongs to another artifact."""
-        if state.version != self.version or state.experts != self.experts:
+        if (state.version, state.experts) != (self.version, self.experts):
+            return False
+        if self.dimension not in (None, state.dimension):
             return False
         self.state = state
         return True
@@ -362,7 +370,7 @@ class OnlineRouter:
         """Learn from one outcome; returns why everything was rolled back, if it was. One caller at a time."""
         state = self.state
         if state is None:
-            state = fresh(self.version, self.experts, len(outcome.features), self.learning)
+            state = fresh(self.version, self.experts, self.dimension or len(outcome.features), self.learning)
         self.state, event = learn(state, outcome, self.learning)
         return event
 

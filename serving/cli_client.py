@@ -111,7 +111,7 @@ def _decide_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
         store = Store("redis://127.0.0.1:1")  # never asked: only answers are looked up in it
         live = LiveState(store, config.experts)
         live.assume({name: ExpertState(ready=True, **_local_facts(config, name)) for name in config.experts})
-        dispatcher = Dispatcher(config, experts={}, live=live, routing=routing, router_version="", store=store)
+        dispatcher = Dispatcher(config, experts={}, live=live, routing=routing, store=store)
         routing.start()
         started = time.perf_counter()
         try:

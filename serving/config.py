@@ -32,6 +32,7 @@ __all__ = [
     "CacheConfig",
     "Config",
     "ConfigError",
+    "OutcomesConfig",
     "RouterConfig",
     "ServerConfig",
     "StoreConfig",
@@ -115,6 +116,19 @@ class CacheConfig(Strict):
     max_memory_mib: int = Field(256, ge=16, description="memory of the embedded Valkey, MiB; oldest answers go first")
 
 
+class OutcomesConfig(Strict):
+    """Decisions kept for `POST /v1/outcomes`, and what is learned from the outcomes."""
+
+    learn: bool = Field(True, description="whether the router learns from outcomes while it serves")
+    ttl_s: float = Field(86400.0, ge=1, le=30 * 86400, description="seconds that a decision waits for its outcome")
+    max_pending: int = Field(
+        20_000, ge=1, le=10_000_000, description="decisions kept; the oldest go first (some 2 kB each)"
+    )
+    log_length: int = Field(
+        10_000, ge=100, le=1_000_000, description="outcomes kept for gateways that start later (some 1 kB each)"
+    )
+
+
 class RouterConfig(Strict):
     """A trained router."""
 
@@ -137,6 +151,9 @@ class Config(Strict):
     default_router: str = Field("default", description="the router that `auto` asks")
     default_policy: str | None = Field(None, description="the policy of plain `auto`; none: highest predicted quality")
     cache: CacheConfig = Field(default_factory=lambda: CacheConfig(), description="the cache of finished answers")
+    outcomes: OutcomesConfig = Field(
+        default_factory=lambda: OutcomesConfig(), description="feedback on answers, and learning from it"
+    )
 
 
 def load_config(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import orjson
@@ -21,6 +22,7 @@ from signalbox.experts.base import Chunk, ExpertError, ExpertUnavailable, Invali
 from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, matches
 from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
 from signalbox.policies.decide import decide
+from signalbox.policies.explore import explore
 from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
 from signalbox.serving.cache import CachedAnswer, ResponseCache
 from signalbox.serving.config import Config
@@ -29,7 +31,7 @@ from signalbox.serving.live_state import LiveState
 from signalbox.serving.options import Options, parse_options, take_flags
 from signalbox.serving.protocols.openai import Call
 from signalbox.serving.protocols.openai_replies import AnswerBuilder
-from signalbox.serving.routing import Routing
+from signalbox.serving.routing import Basis, Routing
 from signalbox.serving.store import Store, StoreUnavailable
 from signalbox.serving.streams import Batch, close, merged, resume, single
 
@@ -48,7 +50,8 @@ CacheVerdict = Literal["hit", "miss", "bypass"]
 class Plan:
     """Who is to answer, and why. `order` has the chosen expert first, then whom to try when it fails.
 
-    `decision`, `flags` are of `auto` requests only. `call` is the request as the experts are to see it.
+    `decision`, `flags` and what follows are of `auto` requests only. `call` is the request as the experts are to see
+    it. `explored` says that the policy's exploration chose, `propensity` with which probability it was to choose so.
     """
 
     call: Call
@@ -58,6 +61,9 @@ class Plan:
     confidence: float | None = None
     decision: Decision | None = None
     flags: list[str] = field(default_factory=list)
+    basis: Basis | None = None
+    explored: bool = False
+    propensity: float = 1.0
 
 
 @dataclass(slots=True)
@@ -110,7 +116,6 @@ class Dispatcher:
         experts: Mapping[str, ExpertClient],
         live: LiveState,
         routing: Routing,
-        router_version: str,
         store: Store,
     ) -> None:
         self._config = config
@@ -120,7 +125,7 @@ class Dispatcher:
         self._store = store
         self._cache = ResponseCache(store, config.cache)
         self._versions = {name: _version_of_expert(expert) for name, expert in config.experts.items()}
-        self._pool_version = _version_of_pool(config, router_version)
+        self._pool_version = _version_of_pool(config)
 
     # -- who may be asked for ----------------------------------------------------------------------------------
 
@@ -152,9 +157,9 @@ class Dispatcher:
 
     async def plan(self, call: Call, *, slo_ttft_ms: float | None = None) -> Plan:
         """Decide who answers, without asking anyone. Raises `InvalidRequest`, or `ExpertUnavailable` (503)."""
-        return await self._plan(call, parse_options(call.options), slo_ttft_ms)
+        return await self._plan(call, parse_options(call.options), slo_ttft_ms, asking=False)
 
-    async def _plan(self, call: Call, options: Options, slo_ttft_ms: float | None) -> Plan:
+    async def _plan(self, call: Call, options: Options, slo_ttft_ms: float | None, *, asking: bool = True) -> Plan:
         for name in options.fallbacks or ():
             if name not in self._config.experts:
                 raise InvalidRequest(
@@ -188,9 +193,14 @@ class Dispatcher:
             )
         except NoCandidate as error:
             raise _no_candidate(error, name) from error
+        explored, propensity = False, 1.0
+        if asking and policy.explore.share > 0 and scores.basis is not None:
+            found = explore(decision, scores.basis.deviation, policy, random.random(), spread=scores.spread)
+            decision, explored, propensity = found.decision, found.explored, found.propensity
         fallbacks = decision.fallbacks if options.fallbacks is None else options.fallbacks
         order = list(dict.fromkeys([decision.expert, *fallbacks]))
-        return Plan(call, order, scores.router, name, decision.confidence, decision, flags)
+        confidence = decision.confidence
+        return Plan(call, order, scores.router, name, confidence, decision, flags, scores.basis, explored, propensity)
 
     def _tighten(self, policy: Policy, options: Options, slo_ttft_ms: float | None, call: Call) -> Policy:
         """The policy with the caller's ceiling and globs, and with the experts that understand the request."""
@@ -315,7 +325,11 @@ class Dispatcher:
         knobs = [options.cost_quality_tradeoff, options.allowed, slo_ttft_ms]
         body = call.identity() | {"knobs": knobs}
         return self._cache.key(
-            call.kind, f"{AUTO}:{name}", body, version=self._pool_version, namespace=options.cache.namespace
+            call.kind,
+            f"{AUTO}:{name}",
+            body,
+            version=f"{self._pool_version}/{self._routing.generation}",
+            namespace=options.cache.namespace,
         )
 
     async def _remembered(self, key: str, call: Call, policy: str) -> Plan | None:
@@ -324,23 +338,26 @@ class Dispatcher:
             data = await self._store.get(f"decision:{key}")
             if data is None:
                 return None
-            expert, router, confidence = orjson.loads(data)
-        except (StoreUnavailable, ValueError):
+            expert, router, confidence, said = orjson.loads(data)
+            basis = Basis(**said) if said is not None else None
+        except (StoreUnavailable, ValueError, TypeError):
             return None
         if expert not in self._config.experts:
             return None
         call, _, flags = take_flags(call)
-        return Plan(call, [expert], router, policy, confidence, flags=flags)
+        return Plan(call, [expert], router, policy, confidence, flags=flags, basis=basis)
 
     async def _remember(self, keep: _Keep, plan: Plan, expert: str) -> None:
-        """Only real predictions over the whole pool, whose chosen expert gave the answer, are worth repeating."""
+        """Only the best choice by real predictions over the whole pool, which gave the answer, is worth repeating."""
         if keep.decision_key is None or plan.decision is None or plan.router != self._config.default_router:
+            return
+        if plan.explored:
             return
         missing = any(s.constraint == "available" for rating in plan.decision.ratings for s in rating.strikes)
         if missing or expert != plan.order[0]:
             return
         ttl_s = min(keep.ttl_s or self._config.cache.ttl_s, self._config.cache.max_ttl_s)
-        data = orjson.dumps([expert, plan.router, plan.confidence])
+        data = orjson.dumps([expert, plan.router, plan.confidence, asdict(plan.basis) if plan.basis else None])
         with contextlib.suppress(StoreUnavailable):
             await self._store.set(f"decision:{keep.decision_key}", data, ttl_s)
 
@@ -355,10 +372,9 @@ def _version_of_expert(config: ExpertConfig) -> str:
     return _hash(config.model_dump(mode="json", exclude=said))
 
 
-def _version_of_pool(config: Config, router: str) -> str:
-    """A hash of what bears on decisions: experts, policies, router."""
-    parts = config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"})
-    return _hash([parts, router])
+def _version_of_pool(config: Config) -> str:
+    """A hash of what in the configuration bears on decisions: experts, policies, router."""
+    return _hash(config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"}))
 
 
 def _hash(value: Any) -> str:

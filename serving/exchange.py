@@ -21,7 +21,7 @@ Headers = list[tuple[bytes, bytes]]
 
 RETRY_AFTER_S = {429: b"1", 503: b"2"}
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
-_SANE_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without spaces
+SANE_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without spaces
 
 
 class ClientGone(Exception):
@@ -37,7 +37,7 @@ class Exchange:
         self.path: str = scope["path"].rstrip("/") or "/"
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        self.id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
         self.started = False  # whether the status line has been sent
         self._receive, self._send = receive, send
 

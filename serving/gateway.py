@@ -25,10 +25,13 @@ from signalbox.serving.config import Config
 from signalbox.serving.dispatch import AUTO, Dispatcher, Plan, Run
 from signalbox.serving.exchange import ClientGone, Exchange, Headers, Receive, Send
 from signalbox.serving.expert_deployment import ExpertClient, deploy
+from signalbox.serving.learner import Learner
+from signalbox.serving.live_router import ArtifactWatch
 from signalbox.serving.live_state import LiveState
+from signalbox.serving.outcomes import MAX_BODY_BYTES, Outcomes, parse_feedback
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
-from signalbox.serving.routing import artifact_version, routing_of
+from signalbox.serving.routing import routing_of
 from signalbox.serving.store import Store, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_ONGOING = 4096  # requests in one gateway process; the next ones wait in Serve
+DECISIONS = "/v1/decisions/"
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -53,14 +57,16 @@ class GatewayApp:
         self._store = Store(store_url)
         self._live = LiveState(self._store, config.experts)
         self._routing = routing_of(config)
+        self._outcomes = Outcomes(self._store, config.outcomes, config.default_router)
+        self._learner = Learner(self._routing, self._outcomes)
         router = config.routers.get(config.default_router)
+        self._watch = ArtifactWatch(self._routing, router.artifact, router.kind) if router else None
         clients = {name: ExpertClient(name, handle, self._live.doubt) for name, handle in experts.items()}
         self._dispatcher = Dispatcher(
             config,
             experts=clients,
             live=self._live,
             routing=self._routing,
-            router_version=artifact_version(router.artifact) if router else "",
             store=self._store,
         )
         self._routes: dict[str, dict[str, Handler]] = {
@@ -68,6 +74,8 @@ class GatewayApp:
             "/v1/completions": {"POST": self._completion},
             "/v1/route": {"POST": self._route},
             "/v1/models": {"GET": self._models},
+            "/v1/outcomes": {"POST": self._outcome},
+            "/v1/routers": {"GET": self._routers},
             "/healthz": {"GET": self._healthz},
             "/readyz": {"GET": self._readyz},
             "/version": {"GET": self._version},
@@ -100,10 +108,17 @@ class GatewayApp:
     async def start(self) -> None:
         """Begin to follow the experts' state and to load the router."""
         self._routing.start()
+        if self._watch is not None:
+            self._watch.start()
+        if self._config.outcomes.learn:
+            self._learner.start()
         await self._live.start()
 
     async def close(self) -> None:
         """Stop what `start` began, and close the store."""
+        if self._watch is not None:
+            await self._watch.close()
+        await self._learner.close()
         await self._routing.close()
         await self._live.close()
         await self._store.close()
@@ -129,6 +144,8 @@ class GatewayApp:
         methods = self._routes.get(exchange.path)
         if methods is None and exchange.path.startswith("/v1/models/"):
             methods = {"GET": self._model}
+        if methods is None and exchange.path.startswith(DECISIONS):
+            methods = {"GET": self._decision}
         if methods is None:
             raise InvalidRequest(f"there is no route {exchange.path[:256]}", code="not_found", status=404)
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
@@ -176,12 +193,14 @@ class GatewayApp:
         task = asyncio.current_task()
         assert task is not None
         watcher = asyncio.create_task(watch(task))
-        outcome, run = "ok", None
+        outcome, run, recording = "ok", None, None
         try:
             run = await self._dispatcher.open(
                 call, reply_id, exchange.began, slo_ttft_ms=_slo_ttft_ms(exchange.headers)
             )
-            await (self._stream if call.stream else self._whole)(exchange, call, run, reply_id)
+            # On record before the last byte goes out, for then its outcome may be posted; meanwhile the expert writes.
+            recording = asyncio.create_task(self._outcomes.record(exchange.id, call.model, run))
+            await (self._stream if call.stream else self._whole)(exchange, call, run, reply_id, recording)
         except ExpertError as error:
             outcome = error.code
             if error.param == "messages" and call.kind == "completion":
@@ -196,14 +215,19 @@ class GatewayApp:
             raise
         finally:
             watcher.cancel()
+            if recording is not None:
+                recording.cancel()
             if run is not None:
                 await run.aclose()
             _log_outcome(exchange, call, run, outcome)
 
-    async def _whole(self, exchange: Exchange, call: Call, run: Run, reply_id: str) -> None:
+    async def _whole(
+        self, exchange: Exchange, call: Call, run: Run, reply_id: str, recording: asyncio.Task[None]
+    ) -> None:
         async for _ in run:
             pass
         await self._dispatcher.settle(run)
+        await recording
         body = replies.reply(
             call.kind,
             run.builder.answer(),
@@ -214,7 +238,9 @@ class GatewayApp:
         )
         await exchange.reply(200, body, _decision_headers(run))
 
-    async def _stream(self, exchange: Exchange, call: Call, run: Run, reply_id: str) -> None:
+    async def _stream(
+        self, exchange: Exchange, call: Call, run: Run, reply_id: str, recording: asyncio.Task[None]
+    ) -> None:
         events = replies.EventWriter(
             call.kind,
             reply_id=reply_id,
@@ -234,6 +260,7 @@ class GatewayApp:
             if data:
                 await exchange.send(data, more=True)
         await self._dispatcher.settle(run)
+        await recording
         await exchange.send(events.usage(run.builder.usage()) + replies.DONE, more=False)
 
     async def _route(self, exchange: Exchange) -> None:
@@ -242,6 +269,26 @@ class GatewayApp:
         plan = await self._dispatcher.plan(parse(body, model=AUTO), slo_ttft_ms=_slo_ttft_ms(exchange.headers))
         overhead = round((time.perf_counter() - exchange.began) * 1000, 3)
         await exchange.reply(200, describe_plan(plan) | {"overhead_ms": overhead})
+
+    # -- outcomes and routers -----------------------------------------------------------------------------------
+
+    async def _outcome(self, exchange: Exchange) -> None:
+        feedback = parse_feedback(parse_json(await exchange.body(MAX_BODY_BYTES)), exchange.headers)
+        await exchange.reply(202, await self._outcomes.post(feedback))
+
+    async def _decision(self, exchange: Exchange) -> None:
+        await exchange.reply(200, await self._outcomes.decision(exchange.path.removeprefix(DECISIONS)))
+
+    async def _routers(self, exchange: Exchange) -> None:
+        """The router that serves, as this gateway has it, and those that are only declared."""
+        serving = self._routing.describe()
+        serving["learning"] = {"enabled": self._config.outcomes.learn, **(serving["learning"] or {})}
+        data = [
+            {"kind": router.kind, "version": None, "loaded_at": None, **(serving if name == serving["name"] else {})}
+            | {"name": name, "kind": router.kind, "default": name == self._config.default_router}
+            for name, router in self._config.routers.items()
+        ]
+        await exchange.reply(200, {"object": "list", "data": data})
 
     # -- about the service -------------------------------------------------------------------------------------
 

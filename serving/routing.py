@@ -3,11 +3,15 @@
 Prompts that arrive while a batch runs wait for the next one, so that the batch grows with the load and a lone
 request waits for nobody. A router that is broken or overrun never fails a request: `predict` then says that
 nothing is known, and the decision goes by the policy's other figures.
+
+Between two batches `swap` puts another predictor in place (`live_router.py` watches for new artifacts), and what was
+learned from outcomes (`learner.py`) corrects it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import logging
 import time
@@ -17,37 +21,60 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from signalbox.router.base import Prediction, Predictor, Prompt
+import numpy as np
+
+from signalbox.router.base import Predictor, Prompt
+from signalbox.router.online import OnlinePrediction, OnlineRouter
 from signalbox.serving.config import Config
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 32
 MAX_WAITING = 512  # prompts; beyond that requests are decided without a prediction
+LEARNED = 100  # outcomes after which remembered decisions are made anew
 MAX_CHARACTERS = 16_384  # of a prompt that a predictor sees; encoders read a few hundred tokens at most
 FALLBACK, NO_ROUTER = "fallback", "none"
+CLOSED = "closed"
 
 # Said of every expert where nothing is predicted: equal quality, so that cost, latency and ceilings decide.
 UNKNOWN_QUALITY = (0.5, 0.0)
 
 
 @dataclass(slots=True, frozen=True)
+class Basis:
+    """What a prediction was made of: all that is needed to learn from its outcome, and no word of the prompt.
+
+    version: the artifact's; features: phi of `router/online.py`; shipped and predicted: expert -> (quality, standard
+    deviation) without and with what was learned; deviation: expert -> standard deviation of the mean quality.
+    """
+
+    version: str
+    features: list[float]
+    shipped: dict[str, tuple[float, float]]
+    predicted: dict[str, tuple[float, float]]
+    deviation: dict[str, float]
+
+
+@dataclass(slots=True, frozen=True)
 class Scores:
     """Predicted quality of each expert, (mean, standard deviation) in [0, 1], for one request.
 
-    `router` is the router's name, or `fallback` where it could not be asked, or `none` where none is declared.
+    `router` is the router's name, or `fallback` where it could not be asked, or `none` where none is declared;
+    `basis` is there where it was asked.
     """
 
     quality: dict[str, tuple[float, float]]
     spread: float
     router: str
+    basis: Basis | None = None
 
 
 @dataclass(slots=True)
 class _Waiting:
     prompts: list[Prompt]
-    result: asyncio.Future[tuple[Prediction, int]]
+    result: asyncio.Future[tuple[OnlinePrediction, int, str]]
 
 
 class Routing:
@@ -62,7 +89,8 @@ class Routing:
         self._experts = tuple(experts)
         self._name = name
         self._load = load
-        self._predictor: Predictor | None = None
+        self._online: OnlineRouter | None = None
+        self._loaded_at: str | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="router")
         self._waiting: deque[_Waiting] = deque()
         self._count = 0  # prompts in `_waiting`
@@ -71,6 +99,26 @@ class Routing:
         self._task: asyncio.Task[None] | None = None
         self._last_complaint = float("-inf")
         self.error: str | None = None
+        self.refused: str | None = None  # why the newest artifact was not taken
+
+    @property
+    def online(self) -> OnlineRouter | None:
+        """The predictor that serves now, and what it has learned; None before it is loaded."""
+        return self._online
+
+    @property
+    def generation(self) -> str:
+        """What a remembered decision must agree with: the artifact's version, and about how much was learned since."""
+        if self._online is None:
+            return ""
+        state = self._online.state
+        learned = (state.rollbacks, state.updates // LEARNED) if state else (0, 0)
+        return f"{self._online.version}/{learned[0]}/{learned[1]}"
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Those that `auto` may choose from."""
+        return self._experts
 
     @property
     def ready(self) -> bool:
@@ -82,9 +130,31 @@ class Routing:
         if self._load is not None:
             self._task = asyncio.create_task(self._run(self._load), name="routing")
 
+    def swap(self, online: OnlineRouter) -> None:
+        """Predict with another router from the next batch on. It must be loaded and warm. On the event loop only."""
+        self._online = online
+        self._loaded_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self.refused = None
+        if self.error != CLOSED:
+            self.error = None
+
+    def describe(self) -> dict[str, Any]:
+        """For `/v1/routers`."""
+        online = self._online
+        return {
+            "name": self._name,
+            "kind": online.kind if online else None,
+            "version": online.version if online else None,
+            "loaded_at": self._loaded_at,
+            "experts": list(online.experts) if online else [],
+            "error": self.error,
+            "refused": self.refused,
+            "learning": online.describe() if online else None,
+        }
+
     async def close(self) -> None:
         """Stop; requests that wait are decided without a prediction."""
-        self.error = "closed"
+        self.error = CLOSED
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -108,7 +178,7 @@ class Routing:
         self._count += len(cut)
         self._news.set()
         try:
-            prediction, first = await waiting.result
+            prediction, first, version = await waiting.result
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -117,7 +187,8 @@ class Routing:
         except Exception as error:
             self._complain(f"the router failed; requests are decided without it: {type(error).__name__}: {error}")
             return self._unknown(FALLBACK)
-        return Scores(_mean(prediction, first, len(cut)), prediction.spread, self._name)
+        basis = _basis(prediction, first, len(cut), version)
+        return Scores(basis.predicted, prediction.shipped.spread, self._name, basis)
 
     def _unknown(self, router: str) -> Scores:
         return Scores(dict.fromkeys(self._experts, UNKNOWN_QUALITY), 1.0, router)
@@ -126,9 +197,11 @@ class Routing:
         loop = asyncio.get_running_loop()
         try:
             started = time.monotonic()
-            self._predictor = await loop.run_in_executor(self._worker, load)
+            loaded = await loop.run_in_executor(self._worker, load)
+            online = loaded if isinstance(loaded, OnlineRouter) else OnlineRouter(loaded)
+            self.swap(online)
             log.info("router %s is ready after %.1f s", self._name, time.monotonic() - started)
-            missing = [name for name in self._experts if name not in self._predictor.experts]
+            missing = [name for name in self._experts if name not in online.experts]
             if missing:
                 log.warning("router %s was not trained on %s: `auto` never chooses it", self._name, ", ".join(missing))
         except Exception as error:
@@ -136,30 +209,29 @@ class Routing:
             log.exception("router %s cannot be loaded; requests are decided without it", self._name)
             for waiting in self._take(None):
                 _fail(waiting, error)
-            return
         finally:
             self._loaded.set()
-        while True:
+        while True:  # also after a failure: a sound artifact may be swapped in later
             await self._news.wait()
             self._news.clear()
-            while self._waiting:
+            while self._waiting and self._online is not None:
                 batch = self._take(MAX_BATCH)
                 try:
-                    await self._predict_batch(loop, self._predictor, batch)
+                    await self._predict_batch(loop, self._online, batch)
                 finally:
                     for waiting in batch:
                         waiting.result.cancel()  # only where the router was closed meanwhile
 
     async def _predict_batch(
-        self, loop: asyncio.AbstractEventLoop, predictor: Predictor, batch: list[_Waiting]
+        self, loop: asyncio.AbstractEventLoop, online: OnlineRouter, batch: list[_Waiting]
     ) -> None:
         prompts = [prompt for waiting in batch for prompt in waiting.prompts]
         try:
-            prediction = await loop.run_in_executor(self._worker, predictor.predict, prompts)
+            prediction = await loop.run_in_executor(self._worker, online.predict_online, prompts)
         except Exception as error:
             if len(batch) > 1:  # one prompt may be the cause: the others must not suffer for it
                 for waiting in batch:
-                    await self._predict_batch(loop, predictor, [waiting])
+                    await self._predict_batch(loop, online, [waiting])
                 return
             log.debug("router %s", self._name, exc_info=True)
             _fail(batch[0], error)
@@ -167,7 +239,7 @@ class Routing:
         first = 0
         for waiting in batch:
             if not waiting.result.done():
-                waiting.result.set_result((prediction, first))
+                waiting.result.set_result((prediction, first, online.version))
             first += len(waiting.prompts)
 
     def _take(self, most: int | None) -> list[_Waiting]:
@@ -190,14 +262,27 @@ class Routing:
             log.error("%s", message)
 
 
-def load_artifact(path: Path) -> Predictor:
-    """Import, load and warm up the predictor of a router artifact; takes seconds."""
-    from signalbox.router.artifact import load_predictor
+def load_artifact(path: Path, kind: str | None = None) -> OnlineRouter:
+    """Import, load and warm up the predictor of a router artifact; takes seconds.
 
-    predictor = load_predictor(path)
-    predictor.predict([Prompt("What is the capital of France?")])
-    predictor.predict([Prompt("Write a Python function that reverses a list. " * n) for n in (1, 4)])
-    return predictor
+    Raises `ArtifactError` where it is damaged, replaced while it is read, of another kind than `kind`, or predicts
+    what is no number.
+    """
+    from signalbox.router.artifact import ArtifactError, load_predictor
+
+    folder = path.resolve()  # a link may be pointed elsewhere meanwhile
+    version = artifact_version(folder)
+    predictor = load_predictor(folder)
+    if artifact_version(folder) != version:
+        raise ArtifactError(f"{path} was replaced while it was read")
+    if kind is not None and predictor.kind != kind:
+        raise ArtifactError(f"the router in {path} is of kind '{predictor.kind}', the configuration says '{kind}'")
+    online = OnlineRouter(predictor, version=version)
+    online.predict([Prompt("What is the capital of France?")])
+    tried = online.predict([Prompt("Write a Python function that reverses a list. " * n) for n in (1, 4)])
+    if not (np.isfinite(tried.quality).all() and np.isfinite(tried.uncertainty).all()):
+        raise ArtifactError(f"{path}: its predictions are not finite; train it again")
+    return online
 
 
 def routing_of(config: Config) -> Routing:
@@ -206,7 +291,7 @@ def routing_of(config: Config) -> Routing:
     return Routing(
         [name for name, expert in config.experts.items() if expert.routable],
         name=config.default_router if router else NO_ROUTER,
-        load=partial(load_artifact, router.artifact) if router else None,
+        load=partial(load_artifact, router.artifact, router.kind) if router else None,
     )
 
 
@@ -218,12 +303,24 @@ def artifact_version(path: Path) -> str:
         return "unreadable"
 
 
-def _mean(prediction: Prediction, first: int, count: int) -> dict[str, tuple[float, float]]:
-    if count == 1:
-        return prediction.row(first)
+def _basis(online: OnlinePrediction, first: int, count: int, version: str) -> Basis:
+    """Means over the prompts of one request; the correction is linear, so those of the features fit."""
     rows = slice(first, first + count)
-    quality, uncertainty = prediction.quality[rows].mean(axis=0), prediction.uncertainty[rows].mean(axis=0)
-    return {name: (float(quality[e]), float(uncertainty[e])) for e, name in enumerate(prediction.experts)}
+    experts = online.shipped.experts
+
+    def means(values: np.ndarray[Any, Any]) -> list[float]:
+        return values[rows].mean(axis=0).tolist() if count > 1 else values[first].tolist()
+
+    shipped, predicted = online.shipped, online.prediction
+    return Basis(
+        version=version,
+        features=means(online.features),
+        shipped=dict(zip(experts, zip(means(shipped.quality), means(shipped.uncertainty), strict=True), strict=True)),
+        predicted=dict(
+            zip(experts, zip(means(predicted.quality), means(predicted.uncertainty), strict=True), strict=True)
+        ),
+        deviation=dict(zip(experts, means(online.deviation), strict=True)),
+    )
 
 
 def _fail(waiting: _Waiting, error: Exception) -> None:

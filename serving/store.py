@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -132,6 +132,16 @@ class Store:
         if not fields:
             return 0
         return await self._run(lambda: self._redis.hdel(PREFIX + key, *fields))
+
+    async def script(self, lua: str, keys: Sequence[str], arguments: Sequence[bytes | str | int | float]) -> Any:
+        """Run a Lua script, which is one atomic step. It must bear being run twice: a lost reply makes it repeat."""
+        names = [PREFIX + key for key in keys]
+        return await self._run(lambda: self._redis.eval(lua, len(names), *names, *arguments))
+
+    async def entries(self, key: str, after: str, count: int) -> list[tuple[str, dict[str, bytes]]]:
+        """The next entries of a stream, up to `count`, after the one with this id (`0-0`: from its beginning)."""
+        found = await self._run(lambda: self._redis.xrange(PREFIX + key, min=f"({after}", count=count))
+        return [(id.decode(), {name.decode(): value for name, value in fields.items()}) for id, fields in found]
 
     async def ping(self) -> None:
         """Return if the server answers."""

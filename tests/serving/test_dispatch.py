@@ -92,7 +92,6 @@ class Bench:
             experts=self.experts,  # type: ignore[arg-type]
             live=self.live,
             routing=self.routing,
-            router_version="1",
             store=store,
         )
 
