@@ -59,7 +59,7 @@ def evaluate(
         check_pair(pair, predictor.experts)
     pooled = table.pool(predictor.experts)
     complete = pooled.complete()
-    rows = _unseen(complete, artifact)
+    rows = unseen(complete, artifact)
     if not len(rows):
         raise TableError(
             f"no row is left to judge on: {len(pooled) - len(complete)} of {len(pooled)} lack an expert, "
@@ -76,29 +76,38 @@ def evaluate(
         knn[tried] = _knn(rows.rows(tried), encoder, artifact.experts if artifact else predictor.experts, neighbours)
     facts = artifact.training if artifact else {}
     result = judge(rows, prediction, lines_of(rows, facts, knn), pair=pair)
-    thin = getattr(predictor, "slow_share", None)
     result = replace(
         result,
         bare_text_quality=_bare_text_quality(rows, predictor),
-        slow_share=None if thin is None else thin([Prompt(p) for p in rows.prompt]),
         excluded_seen=len(complete) - len(rows),
         excluded_incomplete=len(pooled) - len(complete),
     )
-    if decisions:
-        some = rows.rows(rows.sample(ROBUSTNESS_ROWS[reads_embeddings]))
-        result = replace(
-            result,
-            robustness=robustness(predictor, some, progress),
-            decision_ms=decision_ms(predictor, encoder, rows.prompt, decisions),
-        )
-    return result
+    return replace(result, **figures_of(predictor, rows, encoder, decisions, progress)) if decisions else result
+
+
+def figures_of(
+    predictor: Predictor,
+    rows: Table,
+    encoder: Encoder | None,
+    decisions: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What depends on the predictor and not on its predictions alone: robustness, speed, share of the slow way."""
+    slow_share = getattr(predictor, "slow_share", None)
+    some = rows.rows(rows.sample(ROBUSTNESS_ROWS[_needs_encoder(predictor)]))
+    return {
+        "slow_share": slow_share([Prompt(p) for p in rows.prompt]) if slow_share else None,
+        "robustness": robustness(predictor, some, progress),
+        "decision_ms": decision_ms(predictor, encoder, rows.prompt, decisions),
+    }
 
 
 def _needs_encoder(predictor: Predictor) -> bool:
     return bool(getattr(predictor, "uses_encoder", True))
 
 
-def _unseen(rows: Table, artifact: Artifact | None) -> Table:
+def unseen(rows: Table, artifact: Artifact | None) -> Table:
+    """The rows whose prompt is not among those that the artifact was trained on."""
     if artifact is None or "seen" not in artifact.tensors:
         return rows
     seen = set(artifact.tensors["seen"].tolist())

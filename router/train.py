@@ -52,23 +52,15 @@ def train(
     embeds rows for the kNN line of `save`. Raises `TableError` (columns, too few rows) and `ArtifactError` (no such
     kind, or its encoder is missing).
     """
-    if not 0.0 <= holdout < 1.0:
-        raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
     cls = predictor_class(kind)
     if encoder is None and cls.uses_encoder:
         raise ArtifactError(f"a router of kind {kind} needs an encoder")
-    complete = table.pool(pool).complete()
-    if not len(complete):
-        raise TableError("no row has a measurement of every expert of the pool")
-    held = complete.held_out(holdout)
-    held_prompts = {p for p, h in zip(complete.prompt, held, strict=True) if h}
-    kept = np.array([p not in held_prompts for p in complete.prompt])
-    training, held_out = complete.rows(kept & ~held), complete.rows(held)
+    training, held_out = split(table, pool, holdout)
     predictor = cls.fit(training, encoder, seed=seed, report=report, facts=facts)
     figures = {
         "table_sha256": table.sha256,
         "table_rows": len(table),
-        "incomplete_rows": len(table) - len(complete),
+        "incomplete_rows": len(table) - len(table.pool(pool).complete()),
         "training_rows": len(training),
         "held_out_rows": len(held_out),
         "holdout": holdout,
@@ -76,6 +68,19 @@ def train(
         **training_facts(training),
     }
     return Trained(predictor, training, held_out, figures, encoder)
+
+
+def split(table: Table, pool: Sequence[str] | None = None, holdout: float = HOLDOUT) -> tuple[Table, Table]:
+    """Complete rows of the pool to train on, and those held out. Raises `TableError` where there is none."""
+    if not 0.0 <= holdout < 1.0:
+        raise TableError(f"holdout is {holdout:g}: it must be in [0, 1)")
+    complete = table.pool(pool).complete()
+    if not len(complete):
+        raise TableError("no row has a measurement of every expert of the pool")
+    held = complete.held_out(holdout)
+    held_prompts = {p for p, h in zip(complete.prompt, held, strict=True) if h}
+    kept = np.array([p not in held_prompts for p in complete.prompt])
+    return complete.rows(kept & ~held), complete.rows(held)
 
 
 def save(

