@@ -44,6 +44,7 @@ KINDS = {
     "cascade": "signalbox.router.cascade:CascadePredictor",
     "single": "signalbox.router.single:SinglePredictor",
     "irt": "signalbox.router.irt:IrtPredictor",
+    "glider": "signalbox.router.glider:GliderPredictor",
     "skills": "signalbox.router.skills:SkillsPredictor",
 }
 
