@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from signalbox.router import heads
 from signalbox.router.artifact import Artifact, ArtifactError, Report
 from signalbox.router.base import Facts, Prediction, Prompt
-from signalbox.router.encoder import Encoder
+from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.table import Table, TableError, fraction_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
@@ -228,15 +228,7 @@ def taught_rows(
     if available > most:
         kept = np.sort(np.random.default_rng(seed).permutation(available)[:most])
         texts, origin = [texts[i] for i in kept], origin[kept]
-    encoder.reserve(len(texts))
-    done = 0
-
-    def encoded(count: int) -> None:
-        nonlocal done
-        done += count
-        notify("encoding prompts", done, len(texts))
-
-    embeddings = encoder.encode(texts, progress=encoded)
+    embeddings = encode_all(encoder, texts, notify)
     # Texts of one prompt, and prompts that stand in the table twice, are left out together.
     folds = np.array([int(fraction_of(table.prompt[i], "fold") * FOLDS) for i in origin])
     return TaughtRows(encoder, texts, embeddings, origin, folds, available)

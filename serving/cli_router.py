@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 from signalbox.serving.cli_common import ENCODER, Pool, console, names_of, pair_of, progress_bars, told, training_report
 from signalbox.serving.cli_compare import compare_command, objective_of, show_comparison
+from signalbox.serving.cli_composition import plan_command
 from signalbox.serving.cli_replay import replay_command
 
 # Torch and the encoder are imported inside the commands: `signalbox --help` must not wait for them.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
 router_app.command("compare")(compare_command)
+router_app.command("plan")(plan_command)
 router_app.command("replay")(replay_command)
 
 
