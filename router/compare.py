@@ -220,7 +220,8 @@ def choose(comparison: Comparison, objective: Objective = "quality", seed: int =
     for c in comparison.fitted:
         if c.prediction is not None:
             gains[c.kind] = _gain(comparison, c.prediction, objective, seed)
-    winner = max(gains, key=lambda kind: gains[kind][0], default=SINGLE)
+    ms = {c.kind: (c.evaluation.decision_ms or {}).get("p50", 0.0) for c in comparison.fitted if c.evaluation}
+    winner = max(gains, key=lambda kind: (round(gains[kind][0], 6), -ms[kind]), default=SINGLE)  # of equals the fastest
     if winner != SINGLE and not (gains[winner][0] > WIN * gains[winner][1] and gains[winner][0] > 0):
         winner = SINGLE
     if objective == "quality":

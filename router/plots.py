@@ -71,9 +71,10 @@ def plot(series: Sequence[Series], axes: Axes, labelled: Sequence[tuple[str, flo
 def bars(values: Sequence[tuple[str, float, float]], marks: Sequence[tuple[str, float]], title: str) -> str:
     """An `<svg>` of horizontal bars (name, value, half width of its interval), with vertical marks (name, value)."""
     step, left = 26, 120
-    height = TOP + step * len(values) + BOTTOM + 16
+    bottom = TOP + step * len(values)
+    height = bottom + BOTTOM + 13 * len(marks)
     ends = [0.0, *(v + s * e for _, v, e in values for s in (-1, 1)), *(v for _, v in marks)]
-    across, bottom = _Scale(ends, left, WIDTH - RIGHT), height - BOTTOM
+    across = _Scale(ends, left, WIDTH - RIGHT)
     out = []
     for tick in across.ticks():
         x = across(tick)
@@ -96,7 +97,9 @@ def bars(values: Sequence[tuple[str, float, float]], marks: Sequence[tuple[str, 
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke="var(--soft)" stroke-dasharray="4 4"/>'
         )
-        out.append(_note(x + 4, bottom - 4 - 14 * number, f"{name} {value:+.4f}", "start"))
+        right = x > WIDTH * 0.8
+        at, anchor = (x - 4, "end") if right else (x + 4, "start")
+        out.append(_note(at, bottom + 28 + 13 * number, f"{name} {value:+.4f}", anchor))
     out.append(f'<line class="frame" x1="{zero:.1f}" x2="{zero:.1f}" y1="{TOP}" y2="{bottom}"/>')
     out.append(_note((left + WIDTH - RIGHT) / 2, height - 12, title))
     return _svg(height, out)

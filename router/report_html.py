@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from signalbox.router import metrics
 from signalbox.router.compare import Choice, Comparison, Contender
@@ -18,7 +20,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #343c48; --paper: #14181e;
   --band: #1c222a; --good: #6fce93; --bad: #f0936b; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 2.2rem 1.4rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1240px; padding: 2.2rem 1.4rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.55rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .5rem; }
 p { margin: .3rem 0 .8rem; max-width: 74ch; } .soft { color: var(--soft); }
@@ -133,16 +135,14 @@ def _pareto(comparison: Comparison) -> str:
     if cost is None or np.isnan(cost).any():
         return ""
     single_cost, single_quality = cost.mean(axis=0), rows.score.mean(axis=0)
-    hull = metrics.non_decreasing_hull(single_cost, single_quality)
-    series = [Series("single experts' hull", list(zip(*hull, strict=True)), dashed=True)]
+    series = [Series("single experts' hull", _curve(single_cost, single_quality), dashed=True)]
     expected = comparison.lines.expected_cost
     for c in comparison.fitted[:8]:
         if c.prediction is not None:
             curve = metrics.cost_quality_curve(
                 c.prediction.quality, single_cost if expected is None else expected, rows.score, cost
             )
-            x, y = metrics.non_decreasing_hull(curve.cost, curve.quality)
-            series.append(Series(c.kind, list(zip(x, y, strict=True))))
+            series.append(Series(c.kind, _curve(curve.cost, curve.quality)))
     points = list(zip(rows.models, single_cost, single_quality, strict=True))
     axes = Axes("mean cost of a prompt, US dollars (log scale)", "mean quality", log=bool(single_cost.min() > 0))
     return (
@@ -150,6 +150,14 @@ def _pareto(comparison: Comparison) -> str:
         "AIQ is the mean height between the cheapest and the dearest single expert.</p>"
         f"<figure>{plot(series, axes, points)}{legend(series)}</figure>"
     )
+
+
+def _curve(cost: NDArray[np.float64], quality: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """The hull with points between its corners: what is straight in costs is not in their logarithms."""
+    x, y = metrics.non_decreasing_hull(cost, quality)
+    between = [np.linspace(a, b, 12, endpoint=False) for a, b in itertools.pairwise(x)]
+    at = np.concatenate([*between, x[-1:]])
+    return [(float(a), float(b)) for a, b in zip(at, np.interp(at, x, y), strict=True)]
 
 
 def _calibration(fitted: Sequence[Contender]) -> str:

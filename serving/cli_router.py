@@ -13,9 +13,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from signalbox.serving.cli_common import ENCODER, Pool, console, names_of, pair_of, progress_bars, told, training_report
+from signalbox.serving.cli_common import (
+    ENCODER,
+    Pool,
+    console,
+    names_of,
+    pair_of,
+    progress_bars,
+    reference_lines,
+    told,
+    training_report,
+)
 from signalbox.serving.cli_compare import compare_command, objective_of, show_comparison
 from signalbox.serving.cli_composition import plan_command
+from signalbox.serving.cli_describe import describe_command
+from signalbox.serving.cli_irt import add_expert_command
 from signalbox.serving.cli_replay import replay_command
 
 # Torch and the encoder are imported inside the commands: `signalbox --help` must not wait for them.
@@ -29,6 +41,8 @@ router_app = typer.Typer(name="router", help="Collect labels, train a router, ev
 router_app.command("compare")(compare_command)
 router_app.command("plan")(plan_command)
 router_app.command("replay")(replay_command)
+router_app.command("add-expert")(add_expert_command)
+router_app.command("describe")(describe_command)
 
 
 @router_app.command("collect")
@@ -225,21 +239,7 @@ def show(result: Evaluation, title: str, out: Console | None = None) -> None:
     """Print an evaluation: the reference lines, each task, and what else there is to say."""
     out = out or Console()
     out.print(f"[bold]{escape(title)}[/bold]")
-    lines = RichTable()
-    lines.add_column("who chooses")
-    lines.add_column("mean quality", justify="right")
-    for name, value in (
-        ("this router", f"[bold]{result.quality:.4f}[/bold] ± {result.quality_se:.4f}"),
-        (f"best single ({result.best_single_expert})", f"{result.best_single:.4f}"),
-        ("majority", _figure(result.majority)),
-        ("cheapest", _figure(result.cheapest)),
-        ("random", f"{result.random:.4f}"),
-        ("kNN", _figure(result.knn)),
-        ("told the task", _figure(result.told_task)),
-        ("oracle", f"{result.oracle:.4f}"),
-    ):
-        lines.add_row(name, value)
-    out.print(lines)
+    out.print(reference_lines(result, ("this router", f"[bold]{result.quality:.4f}[/bold] ± {result.quality_se:.4f}")))
     verdict = "[green]better[/green]" if result.wins else "[yellow]not clearly better[/yellow]"
     out.print(f"gain over best single {result.gain:+.4f} ± {result.gain_se:.4f} (paired): {verdict}")
     usual = result.majority_optimal_selection
@@ -303,10 +303,6 @@ def _task_table(result: Evaluation) -> RichTable:
             f"{share:.0%} {escape(most)}",
         )
     return tasks
-
-
-def _figure(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.4f}"
 
 
 def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
