@@ -37,8 +37,9 @@ from signalbox.router.category_router import (
     with_threshold,
 )
 from signalbox.router.encoder import Encoder
-from signalbox.router.knn import MAX_ROWS, fitting_encoder, taught_rows
+from signalbox.router.knn import MAX_ROWS, bounded_lessons, fitting_encoder
 from signalbox.router.table import Table, TableError
+from signalbox.router.teaching import spread_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 Matrix = NDArray[Any]
@@ -146,16 +147,16 @@ class CompositionPredictor:
 
         Categories are the table's tasks; rows without one are assigned as any other prompt. Without two tasks they
         are clusters of embeddings. `facts` gives the sizes of the experts (without any, each counts 1) and the budget.
-        Of more than 16,384 texts a random part is learned from. Raises `TableError` with too few prompts, where the
-        size of an expert is missing, or where the budget holds no expert.
+        With more than 16,384 texts, a random part of the rows is learned from. Raises `TableError` with too few
+        prompts, where the size of an expert is missing, or where the budget holds no expert.
         """
         notify = report or (lambda step, done, of: None)
         sizes, active, budget = sizes_of(table.models, facts or Facts())
         solve_map(np.zeros((1, len(sizes))), np.ones(1), sizes, budget)  # a budget too small is told before the work
-        rows = taught_rows(table, encoder, MAX_ROWS, seed, notify)
-        scores, folds = table.score[rows.origin], rows.folds
+        encoder, taught, rows = bounded_lessons(table, encoder, MAX_ROWS, seed, notify)
+        scores, folds = rows.scores, rows.folds
         embeddings = rows.embeddings.astype(np.float16).astype(np.float32)  # as an artifact keeps them
-        given = task_categories([table.task[i] for i in rows.origin])
+        given = task_categories([taught.task[i] for i in rows.origin])
         clusters: dict[str, Any] = {}
         if given is None:
             names, labels, tried = found_categories(embeddings, scores, folds, seed)
@@ -169,7 +170,7 @@ class CompositionPredictor:
         def solve(quality: Matrix, frequency: Matrix) -> CategoryMap:
             return solve_map(quality, frequency, sizes, budget, active)
 
-        threshold, tried_shares, left_out = _threshold(probabilities, scores, folds, solve, len(rows.texts))
+        threshold, tried_shares, left_out = _threshold(probabilities, scores, folds, solve, rows.prompts)
         router = with_threshold(router, threshold, {"routed_quality_by_share_sure": tried_shares})
         category = router.assign(probabilities)
         pool = Pool(
@@ -182,13 +183,11 @@ class CompositionPredictor:
         )
         residuals = scores - cross_fitted(scores, category, len(names), folds).clip(0.0, 1.0)
         deviation = fit_deviation(heads.Data(embeddings, scores, folds, plain=embeddings.shape[1]), residuals)
-        spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
-        made = cls(table.models, rows.encoder, router, pool, deviation, spread)
+        made = cls(table.models, encoder, router, pool, deviation, spread_of(table))
         made.training.update(
             {
                 "rows": len(table),
-                "texts": rows.available,
-                "texts_used": len(scores),
+                "texts": len(scores),
                 "label": "score" if table.loss is None else "loss",
                 "head": f"{router.settings()['classifier']}, {len(names)} categories",
                 **clusters,

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from signalbox.router import heads
 from signalbox.router.artifact import Artifact, ArtifactError, Report
 from signalbox.router.base import Facts, Prediction, Prompt
-from signalbox.router.encoder import Encoder, encode_all
-from signalbox.router.table import Table, TableError, fraction_of
+from signalbox.router.encoder import Encoder
+from signalbox.router.table import Table
+from signalbox.router.teaching import Lessons, lessons, quality_of, routed_quality, spread_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 Matrix = NDArray[Any]
 
-FOLDS = 5
 MAX_ROWS = 16_384
 NEIGHBOURS = (5, 10, 20, 40, 80, 160, 320)
 # Cosines of MiniLM lie mostly between 0 and .8: the first weighs the near ones far more, the last all alike.
@@ -199,39 +199,20 @@ def local_features(cosines: Matrix, scores: Matrix) -> Matrix:
     return np.stack([cosines[:, 0], cosines.mean(axis=1), scores.std(axis=1).mean(axis=1)], axis=1).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class TaughtRows:
-    """Texts to learn from: embeddings float32 [n, d], the table row of each, folds int [n] by prompt.
-
-    `available` counts the texts before the bound was applied.
-    """
-
-    encoder: Encoder
-    texts: list[str]
-    embeddings: Matrix
-    origin: NDArray[np.intp]
-    folds: Matrix
-    available: int
-
-
-def taught_rows(
+def bounded_lessons(
     table: Table, encoder: Encoder | None, most: int, seed: int, notify: Callable[[str, int, int], None]
-) -> TaughtRows:
-    """Encode a table's teaching texts, `most` at most (a random part of more). Raises `TableError`."""
+) -> tuple[Encoder, Table, Lessons]:
+    """The encoder, and lessons of at most `most` texts with their rows (a random part where there are more).
+
+    Raises `TableError` with too few prompts and `ArtifactError` without an encoder.
+    """
     if encoder is None:
         raise ArtifactError("this kind of router needs an encoder")
-    distinct = len(set(table.prompt))
-    if distinct < 4 * FOLDS:
-        raise TableError(f"{distinct} different prompts are too few to train on: at least {4 * FOLDS} are needed")
-    texts, origin = table.teaching_texts()
-    available = len(texts)
-    if available > most:
-        kept = np.sort(np.random.default_rng(seed).permutation(available)[:most])
-        texts, origin = [texts[i] for i in kept], origin[kept]
-    embeddings = encode_all(encoder, texts, notify)
-    # Texts of one prompt, and prompts that stand in the table twice, are left out together.
-    folds = np.array([int(fraction_of(table.prompt[i], "fold") * FOLDS) for i in origin])
-    return TaughtRows(encoder, texts, embeddings, origin, folds, available)
+    texts = np.bincount(table.teaching_texts()[1], minlength=len(table))
+    if texts.sum() > most:
+        order = np.random.default_rng(seed).permutation(len(table))
+        table = table.rows(np.sort(order[texts[order].cumsum() <= most]))
+    return encoder, table, lessons(table, encoder, notify)
 
 
 def fitting_encoder(artifact: Artifact, encoder: Encoder | None) -> Encoder:
@@ -303,7 +284,7 @@ class KnnPredictor:
         for start in range(0, len(prompts), BLOCK):  # bounds the memory
             here = slice(start, start + BLOCK)
             guess, local = self.memory(embeddings[here])
-            quality[here] = np.clip(guess[:, self._columns], 0.0, 1.0)
+            quality[here] = quality_of(guess[:, self._columns])
             uncertainty[here] = self.deviation(np.hstack([embeddings[here], local]))[:, self._columns]
         return Prediction(self.experts, quality, uncertainty, self.spread)
 
@@ -319,12 +300,13 @@ class KnnPredictor:
     ) -> KnnPredictor:
         """Learn from the rows of `table`, all of which must be complete.
 
-        Rows whose `text` differs from their `prompt` teach twice, as in Tryage. Of more than `MAX_ROWS` texts a random
-        part is kept. `report(step, done, of)` is called as it goes. Raises `TableError` with too few prompts.
+        Rows whose `text` differs from their `prompt` teach twice, as in Tryage. With more than `MAX_ROWS` texts, a
+        random part of the rows is kept. `report(step, done, of)` is called as it goes. Raises `TableError` with too
+        few prompts.
         """
         notify = report or (lambda step, done, of: None)
-        rows = taught_rows(table, encoder, MAX_ROWS, seed, notify)
-        scores = table.score[rows.origin]
+        encoder, _, rows = bounded_lessons(table, encoder, MAX_ROWS, seed, notify)
+        scores = rows.scores
         # As the artifact keeps them, so that a router predicts the same before and after it was saved.
         embeddings = rows.embeddings.astype(np.float16).astype(np.float32)
         values = split(scores)
@@ -342,22 +324,20 @@ class KnnPredictor:
             ]
         )
         data = heads.Data(np.hstack([embeddings, local]), scores, rows.folds, plain=embeddings.shape[1])
-        deviation = fit_deviation(data, scores - np.clip(guesses, 0.0, 1.0))
+        deviation = fit_deviation(data, scores - quality_of(guesses))
         figures = {
             "rows": len(table),
-            "texts": rows.available,
-            "texts_used": len(scores),
+            "texts": len(scores),
             "label": "score" if table.loss is None else "loss",
             "head": f"{found.smoothers[1].neighbours} neighbours",
             "mean": {**memory.mean.figures(), "rmse": float(np.sqrt(found.errors[0]))},
             "differences": {**memory.differences.figures(), "rmse": float(np.sqrt(found.errors[1]))},
             "rmse_differences_unread": float(values[:, 1:].std(axis=0).mean()),
-            "left_out_quality": float(scores[np.arange(len(scores)), guesses.argmax(axis=1)].mean()),
+            "left_out_quality": routed_quality(guesses, scores),
             "best_single_quality": float(scores.mean(axis=0).max()),
             "uncertainty": deviation.figures,
         }
-        spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
-        return cls(table.models, rows.encoder, memory, deviation, spread, training=figures)
+        return cls(table.models, encoder, memory, deviation, spread_of(table), training=figures)
 
     def to_artifact(self) -> Artifact:
         """Everything `from_artifact` needs."""

@@ -7,16 +7,14 @@ Tryage's, whose frozen form this is without its nonlinear heads.
 
 from __future__ import annotations
 
-import numpy as np
-
 from signalbox.router import heads
 from signalbox.router.artifact import Report
 from signalbox.router.base import Facts
 from signalbox.router.encoder import Encoder
-from signalbox.router.features import structure
-from signalbox.router.knn import taught_rows
+from signalbox.router.knn import bounded_lessons
 from signalbox.router.table import Table
-from signalbox.router.tryage import TryagePredictor, _choose, _routed_quality
+from signalbox.router.teaching import quality_of, routed_quality, spread_of
+from signalbox.router.tryage import TryagePredictor, _choose
 from signalbox.router.uncertainty import fit_deviation
 
 HEADS = ("ridge", "ridge+structure")
@@ -41,31 +39,26 @@ class LinearPredictor(TryagePredictor):
     ) -> LinearPredictor:
         """Learn from the rows of `table`, all of which must be complete; the shapes and errors are Tryage's."""
         notify = report or (lambda step, done, of: None)
-        rows = taught_rows(table, encoder, MAX_ROWS, seed, notify)
-        scores = table.score[rows.origin]
-        features = np.hstack([rows.embeddings, structure(rows.texts)])
-        data = heads.Data(features, scores, rows.folds, plain=rows.embeddings.shape[1])
+        encoder, _, rows = bounded_lessons(table, encoder, MAX_ROWS, seed, notify)
+        scores, data = rows.scores, rows.data
         fits = {}
         for number, name in enumerate(HEADS):
             notify("choosing the head", number, len(HEADS) + 1)
             fits[name] = heads.fit(name, data, seed)
-        chosen = _choose({name: f.out_of_fold for name, f in fits.items()}, scores, len(table))
+        chosen = _choose({name: f.out_of_fold for name, f in fits.items()}, scores, rows.prompts)
         best = fits[chosen]
-        deviation = fit_deviation(data, scores - np.clip(best.out_of_fold, 0.0, 1.0))
+        deviation = fit_deviation(data, scores - quality_of(best.out_of_fold))
         notify("choosing the head", len(HEADS) + 1, len(HEADS) + 1)
         figures = {
             "rows": len(table),
-            "texts": rows.available,
-            "texts_used": len(rows.texts),
+            "texts": len(rows.texts),
             "label": "score" if table.loss is None else "loss",
             "head": chosen,
             "cross_validated": {
-                name: {"routed_quality": _routed_quality(f.out_of_fold, scores), **f.figures}
-                for name, f in fits.items()
+                name: {"routed_quality": routed_quality(f.out_of_fold, scores), **f.figures} for name, f in fits.items()
             },
-            "left_out_quality": _routed_quality(best.out_of_fold, scores),
+            "left_out_quality": routed_quality(best.out_of_fold, scores),
             "best_single_quality": float(scores.mean(axis=0).max()),
             "uncertainty": deviation.figures,
         }
-        spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
-        return cls(table.models, rows.encoder, best.head, deviation, spread, figures)
+        return cls(table.models, encoder, best.head, deviation, spread_of(table), figures)

@@ -240,8 +240,8 @@ def plan_command(
     with told():
         import numpy as np
 
-        from signalbox.router.knn import FOLDS
         from signalbox.router.table import TableError, fraction_of, read_table
+        from signalbox.router.teaching import FOLDS
 
         limit = None if budget is None else size_of(budget)
         if budget is not None and not limit:

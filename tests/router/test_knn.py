@@ -13,7 +13,7 @@ from signalbox.router.artifact import ArtifactError, load_predictor
 from signalbox.router.base import Predictor, Prompt
 from signalbox.router.encoder import SentenceEncoder
 from signalbox.router.evaluate import evaluate
-from signalbox.router.knn import MAX_ROWS, KnnPredictor, Smoother, choose_smoothers, nearest, split, taught_rows
+from signalbox.router.knn import MAX_ROWS, KnnPredictor, Smoother, bounded_lessons, choose_smoothers, nearest, split
 from signalbox.router.table import Table, TableError
 from signalbox.router.train import Trained, save, train
 from tests.router.conftest import EXPERTS, planted
@@ -129,10 +129,14 @@ def test_too_few_prompts_are_refused(encoder: SentenceEncoder) -> None:
 
 
 def test_texts_beyond_the_bound_are_left_out(encoder: SentenceEncoder) -> None:
+    """Every other row has a second text: 90 texts of 60 rows, of which 40 are wanted."""
     table = planted().rows(np.arange(60))
-    rows = taught_rows(table, encoder, 25, 0, lambda *_: None)
-    assert len(rows.texts) == len(rows.embeddings) == len(rows.folds) == 25 and rows.available == 60
-    assert [table.prompt[i] for i in rows.origin] == rows.texts
+    table = replace(table, text=["bare words" if i % 2 else p for i, p in enumerate(table.prompt)])
+    _, taught, rows = bounded_lessons(table, encoder, 40, 0, lambda *_: None)
+    assert 38 <= len(rows.texts) == len(rows.embeddings) <= 40 and len(taught) == rows.prompts < 40
+    assert set(taught.prompt) < set(table.prompt)
+    assert [taught.prompt[i] for i in rows.origin[: len(taught)]] == rows.texts[: len(taught)]
+    assert len(bounded_lessons(table, encoder, 90, 0, lambda *_: None)[2].texts) == 90
     assert MAX_ROWS * encoder.dimension * 2 < 13e6  # bytes of an artifact's embeddings
 
 
