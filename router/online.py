@@ -10,7 +10,7 @@ posterior comes the chance that an expert is the best one (`probability_best`): 
 `learn` is a pure function of (state, outcome): gateways that read one ordered log of outcomes reach the same state.
 
 The guard. Every outcome judges before it teaches (prequentially, Dawid 1984). Two statistics, both exponentially
-weighted over the last few hundred outcomes, roll the correction back:
+weighted over a short and a long past, roll the correction back:
 
 * *worse*: the mean of the paired difference of squared errors, online less shipped, on the expert that answered. Its
   square is what the correction minimises, and pairing takes out how hard the prompts are. More than `guard_errors`
@@ -19,9 +19,11 @@ weighted over the last few hundred outcomes, roll the correction back:
   the artifact was made for, 0 for scores at random, negative for adversarial ones. A correction fits such outcomes
   better than the artifact does, so no comparison of errors can find them; but they deny what the artifact was shown
   to know, and drift rarely does that: it moves whole experts, which the slope within them does not see. Significantly
-  below `LEAST_SLOPE` is taken for poison; where the world did turn over, the remedy is to train again.
+  below `LEAST_SLOPE` is taken for poison; where the world did turn over, the remedy is to train again. The power of
+  this test grows with how much the artifact knows: scores at random deny little to one that knows little.
 
-After a rollback the shipped artifact serves alone for `cool_down` outcomes, and on for as long as they contradict it.
+After a rollback the shipped artifact serves alone for `cool_down` outcomes, and for as many again while their slope is
+below `LEAST_SLOPE`.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ CLIP = 3.0
 LEAST_NOISE = 0.1
 
 TOLERANCE = 1e-3  # squared error that the online one may be worse by
-LEAST_SLOPE = 0.5
-ERROR_DECAY, SLOPE_DECAY = 0.998, 0.9995  # weight of an outcome after n others: decay**n
+LEAST_SLOPE = 0.25
+# Weight of an outcome after n others: decay**n. Long memory sees what is small, short memory what is new.
+ERROR_DECAYS, SLOPE_DECAYS = (0.998, 0.98), (0.9995, 0.995)
 NODES = np.array([NormalDist().inv_cdf((i + 0.5) / 32) for i in range(32)])
 
 
@@ -123,7 +126,7 @@ class Running:
     @property
     def error(self) -> float:
         """Standard error of the mean."""
-        return math.sqrt(self.scatter * self.squares) / self.weight if self.weight else math.inf
+        return math.sqrt(self.scatter * self.squares / self.weight) / self.weight if self.weight else math.inf
 
 
 @dataclass(slots=True, frozen=True)
@@ -136,19 +139,19 @@ class Slope:
     xy: float = 0.0
     yy: float = 0.0
 
-    def add(self, group: int, x: float, y: float) -> Slope:
+    def add(self, group: int, x: float, y: float, decay: float) -> Slope:
         """With one more pair."""
         weight, mean_x, mean_y = self.groups[group]
-        weight = SLOPE_DECAY * weight + 1.0
+        weight = decay * weight + 1.0
         dx, dy = x - mean_x, y - mean_y
         mean_x, mean_y = mean_x + dx / weight, mean_y + dy / weight
         groups = (*self.groups[:group], (weight, mean_x, mean_y), *self.groups[group + 1 :])
         return Slope(
             groups,
-            SLOPE_DECAY * self.weight + 1.0,
-            SLOPE_DECAY * self.xx + dx * (x - mean_x),
-            SLOPE_DECAY * self.xy + dx * (y - mean_y),
-            SLOPE_DECAY * self.yy + dy * (y - mean_y),
+            decay * self.weight + 1.0,
+            decay * self.xx + dx * (x - mean_x),
+            decay * self.xy + dx * (y - mean_y),
+            decay * self.yy + dy * (y - mean_y),
         )
 
     @property
@@ -177,8 +180,8 @@ class OnlineState:
     experts: tuple[str, ...]
     mean: tuple[Vector, ...]
     covariance: tuple[Vector, ...]
-    slope: Slope
-    worse: Running = field(default_factory=Running)
+    slope: tuple[Slope, Slope]
+    worse: tuple[Running, Running] = (Running(), Running())
     error_online: Running = field(default_factory=Running)
     error_shipped: Running = field(default_factory=Running)
     outcomes: int = 0
@@ -200,13 +203,13 @@ class OnlineState:
             "cool_down": self.cool_down,
         }
         said = orjson.dumps({"phi": PHI, "version": self.version, "experts": self.experts, **numbers})
-        guard = [self.worse, self.error_online, self.error_shipped]
+        guard = [*self.worse, self.error_online, self.error_shipped]
         tensors = {
             "mean": np.stack(self.mean),
             "covariance": np.stack(self.covariance),
             "running": np.array([[r.weight, r.squares, r.mean, r.scatter] for r in guard]),
-            "slope": np.array([self.slope.weight, self.slope.xx, self.slope.xy, self.slope.yy]),
-            "groups": np.array(self.slope.groups),
+            "slope": np.array([[s.weight, s.xx, s.xy, s.yy] for s in self.slope]),
+            "groups": np.array([s.groups for s in self.slope]),
         }
         return save(tensors, metadata={"online": said.decode()})
 
@@ -224,16 +227,17 @@ class OnlineState:
                 raise ValueError("shapes of mean and covariance do not fit")
             if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 raise ValueError("a value is not finite")
-            groups = tuple((float(w), float(x), float(y)) for w, x, y in tensors["groups"])
-            if len(groups) != len(experts):
+            if tensors["groups"].shape != (2, len(experts), 3):
                 raise ValueError("shape of groups does not fit")
-            worse, online, shipped = (Running(*map(float, row)) for row in tensors["running"])
+            groups = [tuple((w, x, y) for w, x, y in table) for table in tensors["groups"].tolist()]
+            long, short = (Slope(g, *map(float, row)) for g, row in zip(groups, tensors["slope"], strict=True))
+            *worse, online, shipped = (Running(*map(float, row)) for row in tensors["running"])
             return cls(
                 experts=experts,
                 mean=tuple(mean),
                 covariance=tuple(covariance),
-                slope=Slope(groups, *map(float, tensors["slope"])),
-                worse=worse,
+                slope=(long, short),
+                worse=(worse[0], worse[1]),
                 error_online=online,
                 error_shipped=shipped,
                 **said,
@@ -247,7 +251,7 @@ def fresh(version: str, experts: Sequence[str], dimension: int, learning: Learni
     count = len(experts)
     prior = np.eye(dimension) * learning.prior_deviation**2
     slope = Slope(((0.0, 0.0, 0.0),) * count)
-    return OnlineState(version, tuple(experts), (np.zeros(dimension),) * count, (prior,) * count, slope)
+    return OnlineState(version, tuple(experts), (np.zeros(dimension),) * count, (prior,) * count, (slope, slope))
 
 
 def learn(state: OnlineState, outcome: Outcome, learning: Learning) -> tuple[OnlineState, Event | None]:
@@ -265,19 +269,25 @@ def learn(state: OnlineState, outcome: Outcome, learning: Learning) -> tuple[Onl
     e = state.experts.index(outcome.expert)
     predicted = min(max(outcome.quality + float(state.mean[e] @ phi), 0.0), 1.0)
     online, shipped = (outcome.score - predicted) ** 2, (outcome.score - outcome.quality) ** 2
+    (long, short), (slow, fast) = state.slope, state.worse
+    if not state.cool_down:
+        slow, fast = slow.add(online - shipped, ERROR_DECAYS[0]), fast.add(online - shipped, ERROR_DECAYS[1])
+    pair = (e, outcome.quality, outcome.score)
     state = replace(
         state,
         outcomes=state.outcomes + 1,
-        slope=state.slope.add(e, outcome.quality, outcome.score),
-        worse=state.worse if state.cool_down else state.worse.add(online - shipped, ERROR_DECAY),
-        error_online=state.error_online.add(online, ERROR_DECAY),
-        error_shipped=state.error_shipped.add(shipped, ERROR_DECAY),
+        slope=(long.add(*pair, SLOPE_DECAYS[0]), short.add(*pair, SLOPE_DECAYS[1])),
+        worse=(slow, fast),
+        error_online=state.error_online.add(online, ERROR_DECAYS[0]),
+        error_shipped=state.error_shipped.add(shipped, ERROR_DECAYS[0]),
     )
-    found = _guard(state, learning)
     if state.cool_down:
-        # Fresh evidence decides whether to begin again.
-        left = learning.cool_down if state.cool_down == 1 and found else state.cool_down - 1
-        return replace(state, cool_down=left), None
+        if state.cool_down > 1 or state.slope[0].value >= LEAST_SLOPE:
+            return replace(state, cool_down=state.cool_down - 1), None
+        # The outcomes since the rollback do not look right: wait for as many fresh ones.
+        blank = fresh(state.version, state.experts, state.dimension, learning)
+        return replace(state, slope=blank.slope, cool_down=learning.cool_down), None
+    found = _guard(state, learning)
     if found:
         blank = fresh(state.version, state.experts, state.dimension, learning)
         kept = {"outcomes": state.outcomes, "rollbacks": state.rollbacks + 1, "cool_down": learning.cool_down}
@@ -287,10 +297,10 @@ def learn(state: OnlineState, outcome: Outcome, learning: Learning) -> tuple[Onl
 
 
 def _guard(state: OnlineState, learning: Learning) -> Event | None:
-    worse, slope, sure = state.worse, state.slope, learning.guard_errors
-    if worse.weight >= learning.evidence and worse.mean - sure * worse.error > TOLERANCE:
+    sure = learning.guard_errors
+    if state.worse[0].weight >= learning.evidence and any(w.mean - sure * w.error > TOLERANCE for w in state.worse):
         return "worse"
-    if slope.weight >= learning.evidence and slope.value + sure * slope.error < LEAST_SLOPE:
+    if state.slope[0].weight >= learning.evidence and any(s.value + sure * s.error < LEAST_SLOPE for s in state.slope):
         return "contradicted"
     return None
 
@@ -298,13 +308,16 @@ def _guard(state: OnlineState, learning: Learning) -> Event | None:
 def _step(state: OnlineState, e: int, phi: Vector, outcome: Outcome, learning: Learning) -> OnlineState:
     """One step of recursive least squares for expert `e`."""
     mean, covariance = state.mean[e], state.covariance[e]
-    # Forgetting widens all directions, also those that no outcome narrows: it stops at the prior's total variance.
-    if np.trace(covariance) <= learning.forgetting * learning.prior_deviation**2 * len(phi):
-        covariance = covariance / learning.forgetting
+    noise, keep = max(outcome.uncertainty, LEAST_NOISE) ** 2, learning.forgetting
     direction = covariance @ phi
-    gain = direction / (max(outcome.uncertainty, LEAST_NOISE) ** 2 + phi @ direction)
-    mean = mean + gain * (outcome.score - outcome.quality - mean @ phi)
-    covariance = covariance - np.outer(gain, direction)
+    variance = float(phi @ direction)
+    if variance <= 0:
+        return state
+    mean = mean + direction * ((outcome.score - outcome.quality - mean @ phi) / (keep * noise + variance))
+    # Forgetting widens the direction of phi alone, by 1 / keep (Kulhavy 1984): others would grow without bound. Then
+    # the outcome narrows it. In sum it never grows.
+    factor = (1 / keep - 1) / variance - 1 / (keep * (keep * noise + variance))
+    covariance = covariance + min(factor, 0.0) * np.outer(direction, direction)
     covariance = (covariance + covariance.T) / 2
     return replace(
         state,
@@ -388,7 +401,7 @@ class OnlineRouter:
         }
         if state.outcomes:
             said |= {"error_online": state.error_online.mean, "error_shipped": state.error_shipped.mean}
-            said |= {"slope": state.slope.value}
+            said |= {"slope": state.slope[0].value}
         return said
 
 
