@@ -5,7 +5,8 @@ quality[n, e] = bias[e] + traits(x_n) . vector[e], the linear form of a multidim
 Traits are regressed on the prompt, so they are known of a prompt that nobody has answered yet. All in closed form:
 the best of the plain heads (`heads.py`) predicts every expert; the leading principal directions of its out-of-fold
 predictions are the traits (reduced-rank regression: Izenman 1975; Mukherjee & Zhu 2011); least squares of the scores
-on the out-of-fold traits gives the experts' side. Rank and head have the least out-of-fold error.
+on the out-of-fold traits gives the experts' side. Rank and head are the simplest that no other
+clearly beats out of fold.
 
 A new expert is one vector and one bias: with a few dozen scored prompts they have a Bayesian ridge regression on the
 traits of these, whose prior is the mean and covariance of the known experts'. Nothing else is trained again.
@@ -32,6 +33,7 @@ from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_devi
 
 FloatMatrix = NDArray[np.float32]
 
+# From simple to elaborate.
 HEADS = ("ridge+structure", "kernel")
 MAX_RANK = 16
 # Directions of which the predictions' standard deviation is less than this are rounding, in quality.
@@ -202,8 +204,9 @@ class IrtPredictor:
         for number, name in enumerate(HEADS):
             notify("finding traits", number, len(HEADS) + 1)
             fits[name] = heads.fit(name, data, seed)
-        errors = {name: float(difference_errors(f.out_of_fold, scores).mean()) for name, f in fits.items()}
-        chosen = min(errors, key=errors.__getitem__)
+        errors = {name: _errors(f.out_of_fold, scores) for name, f in fits.items()}
+        simple, other = HEADS
+        chosen = other if _improves(errors[simple], errors[other], known.prompts) else simple
         head, left_out = fits[chosen].head, fits[chosen].out_of_fold
         centre, directions = _directions(left_out)
         z = _with_one((left_out - centre) @ directions)
@@ -218,7 +221,7 @@ class IrtPredictor:
             "head": chosen,
             "rank": rank,
             "cross_validated": {
-                "rmse_differences": {name: float(np.sqrt(e)) for name, e in errors.items()},
+                "rmse_differences": {name: float(np.sqrt(e[0].mean())) for name, e in errors.items()},
                 "rmse_differences_of_rank": [float(np.sqrt(e)) for e in by_rank],
                 "routed_quality": routed_quality(guesses, scores),
                 "rmse_quality": float(np.sqrt(np.mean((guesses - scores) ** 2))),
@@ -313,11 +316,24 @@ def _least_squares(z: Matrix, scores: Matrix) -> Matrix:
     return np.linalg.lstsq(z, scores, rcond=None)[0]
 
 
-def _choose_rank(z: Matrix, known: Lessons) -> tuple[Matrix, int, list[float]]:
-    """Predictions left out by fold [n, E] at the rank chosen, that rank, and the error at each rank from 0.
+def _errors(prediction: Matrix, scores: Matrix) -> Matrix:
+    """[2, n]: squared errors in the differences between experts, which decide a choice, and in their quality."""
+    return np.stack([difference_errors(prediction, scores), ((prediction - scores) ** 2).mean(axis=1)])
 
-    A rank is taken for its predicting the differences between experts better, out of fold, than the rank before it
-    was taken by more than one standard error of the paired difference.
+
+def _improves(before: Matrix, after: Matrix, prompts: int) -> bool:
+    """Whether one of the two `_errors` falls by more than one standard error of the paired difference.
+
+    Two texts of one prompt are not two observations, hence `prompts`.
+    """
+    gain = before - after
+    return bool((gain.mean(axis=1) > gain.std(axis=1) / np.sqrt(prompts)).any())
+
+
+def _choose_rank(z: Matrix, known: Lessons) -> tuple[Matrix, int, list[float]]:
+    """Predictions left out by fold [n, E] at the rank chosen, that rank, and the difference error at each from 0.
+
+    The smallest rank, unless a greater one improves on it.
     """
     scores = known.scores
     best, chosen, errors = scores, 0, []
@@ -325,11 +341,10 @@ def _choose_rank(z: Matrix, known: Lessons) -> tuple[Matrix, int, list[float]]:
         guesses = np.empty_like(scores)
         for training, held in known.splits():
             guesses[held] = z[held, : 1 + rank] @ _least_squares(z[training, : 1 + rank], scores[training])
-        errors.append(difference_errors(guesses, scores))
-        gain = errors[chosen] - errors[rank]
-        if rank == 0 or gain.mean() > gain.std() / np.sqrt(known.prompts):
+        errors.append(_errors(guesses, scores))
+        if rank == 0 or _improves(errors[chosen], errors[rank], known.prompts):
             best, chosen = guesses, rank
-    return best, chosen, [float(e.mean()) for e in errors]
+    return best, chosen, [float(e[0].mean()) for e in errors]
 
 
 def _project(head: Head, centre: Matrix, directions: Matrix) -> Head:

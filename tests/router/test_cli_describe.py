@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.experts.engines import build_engine
+from signalbox.router.artifact import read_artifact
 from signalbox.router.base import Facts
 from signalbox.router.encoder import SentenceEncoder
 from signalbox.router.evaluate import evaluate
@@ -58,6 +59,11 @@ def test_each_expert_is_described_and_twice_the_same(tiny: Path) -> None:
         found.append((tiny / name).read_bytes())
     assert found[0] == found[1] and tuple(orjson.loads(found[0])) == EXPERTS
     assert set(descriptions_of(tiny / "one.json", EXPERTS)) == set(EXPERTS)
+    # The file is what `train` reads.
+    arguments = ["--kind", "glider", "--table", str(tiny / "table.csv"), "--out", str(tiny / "router")]
+    result = run.invoke(router_app, ["train", *arguments, "--descriptions", str(tiny / "one.json")])
+    assert result.exit_code == 0, result.output
+    assert read_artifact(tiny / "router").training["descriptions"] == descriptions_of(tiny / "one.json", EXPERTS)
     result = run.invoke(router_app, [*command, "--out", str(tiny / "some.json"), "--pool", "coder"])
     assert result.exit_code == 0 and tuple(orjson.loads((tiny / "some.json").read_bytes())) == ("coder",)
 

@@ -56,6 +56,17 @@ def test_a_planted_signal_is_found_with_two_traits(trained: Trained, encoder: Se
     assert prediction.spread == pytest.approx(0.27, abs=0.05)
 
 
+def test_prompts_hard_for_all_are_a_trait_too(encoder: SentenceEncoder) -> None:
+    """Nobody is better than another, but the kitchen is hard for all: a rank is taken for that alone."""
+    table = planted(240, signal=0.0, seed=3)
+    losses = table.measures["loss"] + np.where(np.array(table.task) == "kitchen", 1.5, 0.0)[:, None]
+    predictor = train(replace(table, measures={"loss": losses}), encoder, kind="irt").predictor
+    easy, hard = predictor.predict(
+        [Prompt("Explain the regex to a beginner, number 3"), Prompt("Explain the oven to a beginner, number 3")]
+    ).quality
+    assert (easy - hard > 0.08).all() and np.ptp(easy) < 0.05
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_noise_is_no_win(encoder: SentenceEncoder, seed: int) -> None:
     trained = train(planted(240, signal=0.0, noise=0.3, seed=seed), encoder, kind="irt")
