@@ -20,7 +20,7 @@ from signalbox.router import heads
 from signalbox.router.artifact import Artifact, ArtifactError
 from signalbox.router.category_map import cross_fitted
 from signalbox.router.heads import PENALTIES, Data, Linear, RidgePath
-from signalbox.router.knn import MAX_ROWS, Smoother, choose_smoothers, load_smoother, nearest
+from signalbox.router.knn import MAX_ROWS, Chosen, Smoother, choose_smoothers, load_smoother, nearest, weights_of
 
 Matrix = NDArray[Any]
 
@@ -33,6 +33,8 @@ CLUSTERS = (1, 2, 4, 8, 16, 32, 63)
 LEAST_IN_CLUSTER = 8
 # Temperatures of the softmax over regression outputs, which lie about in [0, 1].
 TEMPERATURES = (0.005, 5.0)
+# Share of the training prompts that count as remote from the others.
+REMOTE = 0.02
 UNLABELLED = -1
 # An output far below all others (which lie about in [0, 1]), yet finite, as artifacts must be.
 NEVER = -1e4
@@ -216,7 +218,8 @@ def fit_category_router(
     if accuracy["ridge"] >= accuracy["knn"]:
         classifier, outputs = linear, guesses[best]
     else:
-        classifier, outputs = KnnVote(x, classes, count, votes.smoothers[0]), votes.out_of_fold
+        smoother, outputs = _wary(votes, one_hot)
+        classifier = KnnVote(x, classes, count, smoother)
 
     def loss(log_temperature: float) -> float:
         found = softmax(outputs, float(np.exp(log_temperature)))
@@ -236,6 +239,24 @@ def fit_category_router(
     probabilities[taught] = 0.0
     probabilities[np.ix_(taught, present)] = sure
     return router, probabilities
+
+
+def _wary(votes: Chosen, one_hot: Matrix) -> tuple[Smoother, Matrix]:
+    """The smoother whose prior weighs as much as the neighbours of the most remote prompts, and its votes [n, C].
+
+    Among the training prompts a prior changes little, so cross-validation may find none. But with it, what is far
+    from all of them gets the shares of the categories: the greatest entropy, and not the vote of remote neighbours.
+    """
+    best = votes.smoothers[0]
+    k = best.neighbours
+    weights = weights_of(votes.cosines[:, :k], best.bandwidth).sum(axis=1)
+    smoother = replace(best, prior=max(best.prior, float(np.quantile(weights, REMOTE))))
+    share = one_hot.mean(axis=0)
+    outputs = np.empty(one_hot.shape)
+    for start in range(0, len(outputs), 512):  # bounds the memory
+        here = slice(start, start + 512)
+        outputs[here] = share + smoother(votes.cosines[here], one_hot[votes.index[here, :k]] - share)
+    return smoother, outputs
 
 
 def _widened(classifier: Linear | KnnVote, present: Matrix, count: int) -> Linear | KnnVote:

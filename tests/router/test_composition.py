@@ -290,3 +290,14 @@ def test_few_rows_and_odd_prompts(trained: Trained, encoder: SentenceEncoder) ->
     prediction = trained.predictor.predict([Prompt(p) for p in ("", "\x00", "🦊" * 50, "\ud800")])
     assert np.isfinite(prediction.quality).all() and (prediction.uncertainty > 0).all()
     assert trained.predictor.predict([]).quality.shape == (0, 3)
+
+
+def test_a_vote_of_remote_neighbours_is_not_trusted() -> None:
+    """All neighbours of a far point are of one class; still it gets about the shares of the classes."""
+    x, labels, folds = blobs(12, 900)
+    router, _ = fit_category_router(("a", "b", GENERAL), labels % 2, x, folds)
+    assert router.settings()["classifier"] == "knn"
+    centre = x[labels == 0].mean(axis=0)
+    near, far = centre / np.linalg.norm(centre), -x.mean(axis=0) / np.linalg.norm(x.mean(axis=0))
+    h = entropy(router.probabilities(np.stack([near, far]).astype(np.float32)))
+    assert h[0] < 0.2 and h[1] > 0.9 * np.log(2) / np.log(3)  # of three categories, one has no rows
