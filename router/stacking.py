@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg as sl
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
@@ -35,6 +36,7 @@ DUAL_PENALTIES = (0.2, 0.6, 2.0, 6.0, 20.0)
 PENALTIES = np.concatenate([np.geomspace(0.5, 3e3, 14), [1e4, 1e5, 1e7]])
 CANONICAL_PENALTY = 100.0  # of the fit that finds the canonical directions; the penalties proper come after
 PRIOR = 0.1  # pull of the mixture towards equal shares, relative to a head's own variance
+DENSE_COLUMNS = 4096
 CLIP = 4.0  # standard deviations: a prompt unlike all of training is taken to be just unusual
 
 
@@ -132,7 +134,7 @@ def fit_auxiliary(
     other rows tells a row's own label, and where there is no other signal stage 2 would find that one. Takes up to
     8 n^2 bytes, and n^3 operations for each penalty.
     """
-    gram = (x @ x.T).toarray().astype(np.float32)
+    gram = _gram(x)
     gram += dense @ dense.T
     guesses = np.empty((len(DUAL_PENALTIES), *y.shape), dtype=np.float32)
     names = np.unique(folds)
@@ -154,11 +156,26 @@ def fit_auxiliary(
     return ridge, np.take_along_axis(guesses, best[None, None, :], axis=0)[0]
 
 
+def _gram(x: sp.csr_matrix) -> FloatMatrix:
+    """x @ x.T, float32 [n, n]: columns that many rows share as dense products, the others as a sparse one."""
+    shared = np.bincount(x.indices, minlength=x.shape[1]) > max(16.0, x.shape[0] / 50)
+    columns = x.tocsc()
+    gram = (columns[:, ~shared] @ columns[:, ~shared].T).toarray().astype(np.float32)
+    common = np.flatnonzero(shared)
+    for start in range(0, len(common), DENSE_COLUMNS):  # bounds the memory
+        part = columns[:, common[start : start + DENSE_COLUMNS]].toarray()
+        gram += part @ part.T
+    return gram
+
+
 def _dual(gram: FloatMatrix, y: FloatMatrix, penalty: float) -> FloatMatrix:
-    """(gram + penalty)^-1 y, float32."""
-    system = np.array(gram, order="F")
-    system[np.diag_indices(len(system))] += penalty
-    return sl.solve(system, y, assume_a="pos", overwrite_a=True, check_finite=False)
+    """(gram + penalty)^-1 y, float32; by torch, whose Cholesky decomposition takes half the time of SciPy's."""
+    system = torch.tensor(gram)
+    system.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):  # rounding; a little more penalty does
+        return _dual(gram, y, 3 * penalty)
+    return np.asarray(torch.cholesky_solve(torch.tensor(y), factor).numpy())
 
 
 # Stage 2
