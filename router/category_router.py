@@ -51,14 +51,12 @@ class KnnVote:
 
     def __call__(self, embeddings: Matrix) -> Matrix:
         """Votes float [n, C], about in [0, 1]."""
-        share = np.bincount(self.labels, minlength=self.count) / len(self.labels)
         out = np.empty((len(embeddings), self.count))
         for start in range(0, len(embeddings), 512):  # bounds the memory
             here = slice(start, start + 512)
             index, cosines = nearest(embeddings[here], self.embeddings, self.smoother.neighbours)
-            votes = np.eye(self.count)[self.labels[index]] - share
-            out[here] = share + self.smoother(cosines, votes)
-        out[:, share == 0] = NEVER
+            out[here] = self.smoother(cosines, np.eye(self.count)[self.labels[index]])
+        out[:, np.bincount(self.labels, minlength=self.count) == 0] = NEVER
         return out
 
     def tensors(self, prefix: str) -> dict[str, Matrix]:
@@ -245,17 +243,16 @@ def _wary(votes: Chosen, one_hot: Matrix) -> tuple[Smoother, Matrix]:
     """The smoother whose prior weighs as much as the neighbours of the most remote prompts, and its votes [n, C].
 
     Among the training prompts a prior changes little, so cross-validation may find none. But with it, what is far
-    from all of them gets the shares of the categories: the greatest entropy, and not the vote of remote neighbours.
+    from all of them has no votes to speak of: the greatest entropy, and not the opinion of remote neighbours.
     """
     best = votes.smoothers[0]
     k = best.neighbours
     weights = weights_of(votes.cosines[:, :k], best.bandwidth).sum(axis=1)
     smoother = replace(best, prior=max(best.prior, float(np.quantile(weights, REMOTE))))
-    share = one_hot.mean(axis=0)
     outputs = np.empty(one_hot.shape)
     for start in range(0, len(outputs), 512):  # bounds the memory
         here = slice(start, start + 512)
-        outputs[here] = share + smoother(votes.cosines[here], one_hot[votes.index[here, :k]] - share)
+        outputs[here] = smoother(votes.cosines[here], one_hot[votes.index[here, :k]])
     return smoother, outputs
 
 
