@@ -111,19 +111,28 @@ async def describe(
 
 
 def examples_of(table: Table, expert: str, count: int) -> list[str]:
-    """The `count` prompts on which the expert's score most exceeds the mean over experts; ties by hash of the id."""
+    """The `count` prompts on which the expert is most ahead of the others, of one task where tasks are known.
+
+    The task is the one where it is most ahead on the mean (shrunk, so that a task of few rows does not win by
+    chance): prompts of many tasks have no subject in common. Ties by hash of the id. Raises `TableError`.
+    """
     import numpy as np
 
+    from signalbox.router.glider import PRIOR_PROMPTS, advantages
     from signalbox.router.table import TableError, fraction_of
 
     if not len(table):
         raise TableError("no row has a measurement of every expert of the pool")
-    column = table.models.index(expert)
-    ahead = table.score[:, column] - table.score.mean(axis=1)
+    ahead = advantages(table.score)[:, table.models.index(expert)]
+    tasks = np.array(table.task)
+    known = sorted(set(table.task) - {""})
+    if known:
+        mean = [ahead[tasks == task].sum() / ((tasks == task).sum() + PRIOR_PROMPTS) for task in known]
+        ahead = np.where(tasks == known[int(np.argmax(mean))], ahead, -np.inf)
     tie = np.array([fraction_of(i, "describe") for i in table.prompt_id])
     best: list[str] = []
     for row in np.lexsort((tie, -np.round(ahead, 6))):
-        if table.prompt[row] not in best:
+        if np.isfinite(ahead[row]) and table.prompt[row] not in best:
             best.append(table.prompt[row])
         if len(best) == count:
             break

@@ -88,6 +88,16 @@ def test_examples_are_those_that_an_expert_does_best_beside_the_others() -> None
     assert examples_of(table, "a", 2) == ["mine", "mine too"]
     assert examples_of(table, "b", 1) == ["theirs"]
     assert len(examples_of(table, "a", 20)) == 5  # each prompt once
+    # Of one task, where tasks are known: "a" is ahead by most in one row of a task, but on the mean in another.
+    tasked = Table(
+        ("a", "b"),
+        [str(i) for i in range(9)],
+        [f"prompt {i}" for i in range(9)],
+        {"score": np.array([[1.0, 0.0]] + [[0.0, 1.0]] * 4 + [[0.8, 0.2]] * 3 + [[0.9, 0.2]])},
+        task=["rare"] * 5 + ["usual"] * 4,
+    )
+    assert set(examples_of(tasked, "a", 20)) == {f"prompt {i}" for i in range(5, 9)}
+    assert examples_of(tasked, "a", 1) == ["prompt 8"]
     with pytest.raises(TableError, match="no row"):
         examples_of(replace(table, measures={"score": scores * np.nan}).complete(), "a", 2)
 
