@@ -12,10 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Running:
     url: str
     process: subprocess.Popen[str]
     output: Path
+    artifact: Path  # a symbolic link to the router's folder
 
     @property
     def api(self) -> str:
@@ -46,12 +48,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    output = tmp_path_factory.mktemp("service") / "output.txt"
+    folder = tmp_path_factory.mktemp("service")
+    output, artifact = folder / "output.txt", folder / "router"
+    artifact.symlink_to(ROOT / "routers" / "quickstart")
+    environment = {"SIGNALBOX__SERVER__PORT": str(port), "SIGNALBOX__ROUTERS__DEFAULT__ARTIFACT": str(artifact)}
     with output.open("w") as sink:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("signalbox")), "serve", "examples/quickstart.yaml"],
             cwd=ROOT,
-            env=os.environ | {"SIGNALBOX__SERVER__PORT": str(port)},
+            env=os.environ | environment,
             stdout=sink,
             stderr=subprocess.STDOUT,
             text=True,
@@ -64,7 +69,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
-        yield Running(url, process, output)
+        yield Running(url, process, output, artifact)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -254,6 +259,63 @@ def test_a_client_that_leaves_frees_its_place(service: Running, stream: bool) ->
     while working():
         assert time.monotonic() < deadline, "still generating for a client that has left"
         time.sleep(0.1)
+
+
+def test_an_outcome_counts_once(service: Running) -> None:
+    reply = chat(service, messages=[{"role": "user", "content": f"What is the capital of Peru? ({time.time_ns()})"}])
+    request_id = reply.headers["x-request-id"]
+    decision = httpx.get(f"{service.api}/decisions/{request_id}").json()
+    assert decision["expert"] == reply.json()["model"] and set(decision["predictions"]) == {"smollm2", "gemma"}
+    outcome = {"request_id": request_id, "score": 0.5}
+    headers = {"idempotency-key": f"key-{time.time_ns()}"}
+    taken = [httpx.post(f"{service.api}/outcomes", json=outcome, headers=headers) for _ in range(3)]
+    assert [r.status_code for r in taken] == [202] * 3 and len({r.content for r in taken}) == 1
+    clash = httpx.post(f"{service.api}/outcomes", json=outcome | {"score": 0.6}, headers=headers)
+    assert clash.status_code == 409
+    assert httpx.post(f"{service.api}/outcomes", json=outcome | {"request_id": "unknown"}).status_code == 404
+    deadline = time.monotonic() + 5
+    while not (router := httpx.get(f"{service.api}/routers").json()["data"][0])["learning"]["outcomes"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert router["learning"]["outcomes"] == 1 and router["learning"]["rollbacks"] == 0
+
+
+def test_a_new_router_takes_over_under_traffic(service: Running, tmp_path: Path) -> None:
+    from signalbox.router.artifact import read_artifact, save_artifact
+
+    def version() -> str:
+        return str(httpx.get(f"{service.api}/routers").json()["data"][0]["version"])
+
+    old = read_artifact(service.artifact)
+    new = replace(old, spread=old.spread * 1.01)
+    save_artifact(new, tmp_path / "new")
+    assert version() == old.version
+    seen: list[tuple[int, str]] = []
+    swapped = threading.Event()
+
+    def ask(worker: int) -> None:
+        while not swapped.is_set():
+            text = f"Name a colour. ({worker}, {time.time_ns()})"
+            reply = chat(service, messages=[{"role": "user", "content": text}], max_tokens=2)
+            seen.append((reply.status_code, reply.headers.get("x-signalbox-router", "")))
+
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(ask, worker) for worker in range(3)]
+        try:
+            fresh = service.artifact.with_name(".fresh")
+            fresh.symlink_to(tmp_path / "new")
+            fresh.replace(service.artifact)
+            deadline = time.monotonic() + 15
+            while version() != new.version:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            swapped.set()
+        for task in tasks:
+            task.result()
+    assert seen and set(seen) == {(200, "default")}
+    learning = httpx.get(f"{service.api}/routers").json()["data"][0]["learning"]
+    assert learning["outcomes"] == 0, "what was learned belonged to the old version"
 
 
 def test_command_line_route(service: Running) -> None:
