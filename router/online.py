@@ -47,9 +47,8 @@ from signalbox.router.base import FloatMatrix, Prediction, Predictor, Prompt
 Vector = NDArray[np.float64]
 Event = Literal["worse", "contradicted"]
 
-# Names what phi holds; a state of another phi is refused.
 # phi: bias, mean quality, each expert's quality less the mean (MOST_QUALITIES), the predictor's own (MOST_FEATURES).
-PHI = "phi-1"
+PHI = "phi-1"  # names what it holds: a state learned on another is refused
 MOST_QUALITIES, MOST_FEATURES = 16, 32
 QUALITY_UNIT = 0.1  # a gap in predicted quality that counts as 1
 CLIP = 3.0

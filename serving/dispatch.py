@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import orjson
@@ -357,7 +357,7 @@ class Dispatcher:
         if missing or expert != plan.order[0]:
             return
         ttl_s = min(keep.ttl_s or self._config.cache.ttl_s, self._config.cache.max_ttl_s)
-        data = orjson.dumps([expert, plan.router, plan.confidence, asdict(plan.basis) if plan.basis else None])
+        data = orjson.dumps([expert, plan.router, plan.confidence, plan.basis])
         with contextlib.suppress(StoreUnavailable):
             await self._store.set(f"decision:{keep.decision_key}", data, ttl_s)
 

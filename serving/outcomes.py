@@ -13,6 +13,7 @@ No record holds a word of prompt or answer: features, predictions and the choice
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
@@ -219,7 +220,7 @@ class Outcomes:
         if not found:
             return None
         try:
-            return found["position"].decode(), OnlineState.loads(found["state"])
+            return found["position"].decode(), await asyncio.to_thread(OnlineState.loads, found["state"])
         except (ValueError, KeyError) as error:
             log.warning("what router %s had learned cannot be read (%s); the log is read anew", self._router, error)
             return None
@@ -229,7 +230,8 @@ class Outcomes:
 
         Any gateway may: all of them write states of one log, and reading on from an older one leads to the newer.
         """
-        fields: dict[str, bytes | str | int | float] = {"position": position, "state": state.dumps()}
+        data = await asyncio.to_thread(state.dumps)
+        fields: dict[str, bytes | str | int | float] = {"position": position, "state": data}
         await self._store.hset(f"learned:{self._router}:{state.version}", fields, ttl_s=SNAPSHOT_TTL_S)
 
 

@@ -443,6 +443,26 @@ async def test_a_new_version_starts_afresh(store: Store) -> None:
     assert new.describe()["updates"] == 1, "what was said of the new version before this gateway had it"
 
 
+async def test_a_rollback_is_logged_and_counted(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = Outcomes(store, OutcomesConfig(), f"poison-{uuid.uuid4().hex}")
+    routing, learner = a_gateway(outcomes)
+    for i in range(300):  # all well at first, then the opposite of what was learned
+        request_id = uuid.uuid4().hex
+        await outcomes.record(request_id, "auto", a_run())
+        await outcomes.post(Feedback(request_id, 0.9 if i < 150 else 0.1, None))
+    before = routing.generation
+    await exhaust(learner)
+    assert caplog.text.count("rolled back: it did worse than the artifact") == 1
+    said = routing.describe()["learning"]
+    assert (said["rollbacks"], said["active"], said["outcomes"]) == (1, False, 300) and said["cool_down"] > 0
+    assert routing.generation not in (before, "v1/0/0"), "decisions by what was learned are not repeated"
+    scores = routing.online.predict([Prompt("x")]) if routing.online else None
+    assert scores is not None and scores.quality.tolist() == [[0.5, 0.5]], "the shipped artifact serves"
+    late, third = a_gateway(outcomes)
+    await exhaust(third)
+    assert late.describe()["learning"] == said, "nor does a restart undo it"
+
+
 async def test_a_fallback_s_outcome_teaches_about_the_fallback(store: Store) -> None:
     outcomes = Outcomes(store, OutcomesConfig(), f"fallback-{uuid.uuid4().hex}")
     run = a_run("tiny")
