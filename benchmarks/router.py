@@ -60,7 +60,7 @@ PAIR = ("gemini-1.5-flash-002", "gpt-4o-2024-05-13")
 SIZES = {"Phi-3-mini-4k-instruct": 3.8e9, "c4ai-command-r-v01": 35e9, "Mixtral-8x7B-Instruct-v0.1": 46.7e9}
 # One fit of the cascade gives `lexical` and `stacked` too.
 CASCADE = ("lexical", "stacked", "cascade")
-KINDS = ("knn", "linear", "composition", "skills", "glider", "irt", "cascade")
+KINDS = ("cascade", "composition", "knn", "irt", "skills", "linear", "glider")
 DECISIONS = 300
 RESAMPLES = 200
 console = Console(stderr=True)
@@ -103,7 +103,7 @@ def peers8(encoder: Encoder) -> list[Row]:
     """Level experts: mean quality decides."""
     table = read_table(DATA / "mmlu_pro.parquet").pool(PEERS8)
     case = "mmlu_pro peers8"
-    predictions, lines = cross_validated(table, encoder, ("tryage", *KINDS))
+    predictions, lines = cross_validated(table, encoder, (*KINDS, "tryage"))
     rows = _references(case, judge(table, predictions["lexical"], lines))
     for kind, prediction in predictions.items():
         found = judge(table, prediction, lines)
