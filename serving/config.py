@@ -132,8 +132,15 @@ class OutcomesConfig(Strict):
 class RouterConfig(Strict):
     """A trained router."""
 
-    kind: str = Field(description="which predictor it is, e.g. tryage")
+    kind: str = Field(
+        "best", description="which predictor it must be, e.g. tryage; best: whichever `router train` chose"
+    )
     artifact: Path = Field(description="folder with router.json and router.safetensors")
+
+    @property
+    def wanted(self) -> str | None:
+        """The kind that the artifact must be of; None: any."""
+        return None if self.kind == "best" else self.kind
 
 
 class Config(Strict):
@@ -259,7 +266,7 @@ def _artifact_problems(config: Config) -> list[Problem]:
         except (OSError, ValueError, KeyError, TypeError):
             text = f"{sheet} cannot be read as a router's description"
         else:
-            if kind == router.kind:
+            if router.wanted in (None, kind):
                 continue
             text = f"the router in {router.artifact} is of kind '{kind}', not '{router.kind}'"
         found.append(Problem(("routers", name, "artifact"), text))

@@ -60,7 +60,7 @@ class GatewayApp:
         self._outcomes = Outcomes(self._store, config.outcomes, config.default_router)
         self._learner = Learner(self._routing, self._outcomes)
         router = config.routers.get(config.default_router)
-        self._watch = ArtifactWatch(self._routing, router.artifact, router.kind) if router else None
+        self._watch = ArtifactWatch(self._routing, router.artifact, router.wanted) if router else None
         clients = {name: ExpertClient(name, handle, self._live.doubt) for name, handle in experts.items()}
         self._dispatcher = Dispatcher(
             config,
@@ -283,11 +283,11 @@ class GatewayApp:
         """The router that serves, as this gateway has it, and those that are only declared."""
         serving = self._routing.describe()
         serving["learning"] = {"enabled": self._config.outcomes.learn, **(serving["learning"] or {})}
-        data = [
-            {"kind": router.kind, "version": None, "loaded_at": None, **(serving if name == serving["name"] else {})}
-            | {"name": name, "kind": router.kind, "default": name == self._config.default_router}
-            for name, router in self._config.routers.items()
-        ]
+        data = []
+        for name, router in self._config.routers.items():
+            known = {"kind": None, "version": None, "loaded_at": None} | (serving if name == serving["name"] else {})
+            kind = known["kind"] or router.kind
+            data.append(known | {"name": name, "kind": kind, "default": name == self._config.default_router})
         await exchange.reply(200, {"object": "list", "data": data})
 
     # -- about the service -------------------------------------------------------------------------------------

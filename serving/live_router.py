@@ -26,7 +26,7 @@ Signature = tuple[tuple[int, int, int], ...]
 class ArtifactWatch:
     """Watches one artifact for one `Routing`; `start` it after that."""
 
-    def __init__(self, routing: Routing, path: Path, kind: str, *, period_s: float = PERIOD_S) -> None:
+    def __init__(self, routing: Routing, path: Path, kind: str | None, *, period_s: float = PERIOD_S) -> None:
         self._routing = routing
         self._path = path
         self._kind = kind

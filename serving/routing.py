@@ -291,7 +291,7 @@ def routing_of(config: Config) -> Routing:
     return Routing(
         [name for name, expert in config.experts.items() if expert.routable],
         name=config.default_router if router else NO_ROUTER,
-        load=partial(load_artifact, router.artifact, router.kind) if router else None,
+        load=partial(load_artifact, router.artifact, router.wanted) if router else None,
     )
 
 

@@ -253,6 +253,9 @@ def test_artifacts_are_checked_when_asked_for(tmp_path: Path) -> None:
     assert "is of kind 'knn', not 'tryage'" in problem()
     (tmp_path / "r" / "router.json").write_text(json.dumps({"kind": "tryage"}))
     load_config(file, environment={}, check_artifacts=True)
+    for kind in ("", "kind: best, "):  # whichever was trained
+        write(tmp_path, MINIMAL + f"routers: {{default: {{{kind}artifact: r}}}}\n")
+        assert load_config(file, environment={}, check_artifacts=True).routers["default"].wanted is None
 
 
 def test_odd_but_usable_is_a_warning(tmp_path: Path) -> None:
