@@ -29,25 +29,11 @@ from safetensors.numpy import load_file, save_file
 
 from signalbox.router.base import Facts, Predictor
 from signalbox.router.encoder import DEFAULT_ENCODER, Encoder, load_encoder
+from signalbox.router.kinds import KINDS
 from signalbox.router.table import Table
 
 FORMAT = 1
 TENSORS, DESCRIPTION, NEIGHBOURS = "router.safetensors", "router.json", "neighbours.safetensors"
-# Kind -> class, imported when asked for: a server that runs one kind need not import the others.
-KINDS = {
-    "tryage": "signalbox.router.tryage:TryagePredictor",
-    "lexical": "signalbox.router.lexical:LexicalPredictor",
-    "knn": "signalbox.router.knn:KnnPredictor",
-    "linear": "signalbox.router.linear:LinearPredictor",
-    "composition": "signalbox.router.composition:CompositionPredictor",
-    "stacked": "signalbox.router.stacked:StackedPredictor",
-    "cascade": "signalbox.router.cascade:CascadePredictor",
-    "single": "signalbox.router.single:SinglePredictor",
-    "irt": "signalbox.router.irt:IrtPredictor",
-    "glider": "signalbox.router.glider:GliderPredictor",
-    "skills": "signalbox.router.skills:SkillsPredictor",
-}
-
 
 Report = Callable[[str, int, int], None]
 

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signalbox.router import metrics
-from signalbox.router.artifact import KINDS, Artifact, Report, predictor_class
+from signalbox.router.artifact import Artifact, Report, predictor_class
 from signalbox.router.base import Facts, Prediction, Prompt
 from signalbox.router.crossvalidate import FOLDS, cross_validate, folds_of, lines_of_folds
 from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.evaluate import evaluate, figures_of, unseen
 from signalbox.router.judge import WIN, Evaluation, Lines, check_pair, judge
+from signalbox.router.kinds import KINDS
 from signalbox.router.metrics import Vector, standard_error, taken
 from signalbox.router.table import Table, TableError
 from signalbox.router.train import prompt_hash, training_facts

@@ -36,6 +36,7 @@ DUAL_PENALTIES = (0.2, 0.6, 2.0, 6.0, 20.0)
 PENALTIES = np.concatenate([np.geomspace(0.5, 3e3, 14), [1e4, 1e5, 1e7]])
 CANONICAL_PENALTY = 100.0  # of the fit that finds the canonical directions; the penalties proper come after
 PRIOR = 0.1  # pull of the mixture towards equal shares, relative to a head's own variance
+CHOOSING_FOLDS = 2  # enough to choose a penalty; the other folds are spared three of five decompositions
 DENSE_COLUMNS = 4096
 CLIP = 4.0  # standard deviations: a prompt unlike all of training is taken to be just unusual
 
@@ -130,23 +131,27 @@ def fit_auxiliary(
 ) -> tuple[AuxiliaryRidge, FloatMatrix]:
     """The regression of y [n, t], and out-of-fold predictions [n, t].
 
-    Each target has the penalty of least out-of-fold error. Folds and not single rows are left out: the mean of all
-    other rows tells a row's own label, and where there is no other signal stage 2 would find that one. Takes up to
-    8 n^2 bytes, and n^3 operations for each penalty.
+    Each target has the penalty of least error in the first `CHOOSING_FOLDS` folds. Folds and not single rows are left
+    out: the mean of all other rows tells a row's own label, and where there is no other signal stage 2 would find that
+    one. Takes up to 8 n^2 bytes, and n^3 operations for each penalty.
     """
     gram = _gram(x)
     gram += dense @ dense.T
     guesses = np.empty((len(DUAL_PENALTIES), *y.shape), dtype=np.float32)
     names = np.unique(folds)
+    best = np.zeros(y.shape[1], dtype=np.intp)
     for number, fold in enumerate(names):
         notify(number, len(names) + 1)
         known, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         mean, across = y[known].mean(axis=0), gram[np.ix_(held, known)]
         system = gram[np.ix_(known, known)]
-        for i, penalty in enumerate(DUAL_PENALTIES):
-            guesses[i, held] = across @ _dual(system, y[known] - mean, penalty) + mean
+        choosing = number < CHOOSING_FOLDS
+        for i in range(len(DUAL_PENALTIES)) if choosing else np.unique(best):
+            guesses[i, held] = across @ _dual(system, y[known] - mean, DUAL_PENALTIES[i]) + mean
+        if choosing:
+            tried = np.isin(folds, names[: number + 1])
+            best = ((guesses[:, tried] - y[tried]) ** 2).mean(axis=1).argmin(axis=0)
     notify(len(names), len(names) + 1)
-    best = ((guesses - y) ** 2).mean(axis=1).argmin(axis=0)
     mean, dual = y.mean(axis=0), np.empty_like(y)
     for i in np.unique(best):
         dual[:, best == i] = _dual(gram, (y - mean)[:, best == i], DUAL_PENALTIES[i])

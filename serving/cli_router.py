@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from signalbox.router.kinds import KINDS
 from signalbox.serving.cli_common import (
     ENCODER,
     Budget,
@@ -130,7 +131,7 @@ def train_command(
     table: Annotated[Path, typer.Option(help="table of scores or losses")],
     out: Annotated[Path, typer.Option(help="folder of the trained router")],
     kind: Annotated[
-        str, typer.Option(help="which router to train; `best` cross-validates them all, an unknown one lists them")
+        str, typer.Option(help=f"which router to train: best (cross-validates them all), {', '.join(KINDS)}")
     ] = "tryage",
     pool: Pool = "all",
     objective: Annotated[str, typer.Option(help="for `best`, what decides: quality, aiq or apgr")] = "quality",
