@@ -23,9 +23,9 @@ from rich.console import Console
 from benchmarks.report import ROOT, Row, print_table, write_results
 from signalbox.router import metrics
 from signalbox.router.artifact import predictor_class
-from signalbox.router.base import Prediction, Predictor, Prompt
+from signalbox.router.base import Prediction, Prompt
 from signalbox.router.cascade import CascadePredictor
-from signalbox.router.crossvalidate import FOLDS, folds_of, lines_of_folds
+from signalbox.router.crossvalidate import FOLDS, folds_of, lines_of_folds, parts_of
 from signalbox.router.encoder import Encoder, load_encoder
 from signalbox.router.evaluate import one_thread
 from signalbox.router.judge import Evaluation, Lines, judge
@@ -340,14 +340,11 @@ def _fold(table: Table, folds: NDArray[np.intp], fold: int, encoder: Encoder, ki
     if file.is_file():
         return dict(np.load(file))
     started = time.perf_counter()
-    predictor: Predictor = predictor_class(kind).fit(table.rows(folds != fold), encoder)
+    predictor = predictor_class(kind).fit(table.rows(folds != fold), encoder)
     fitted = time.perf_counter()
     prompts = [Prompt(p) for p, f in zip(table.prompt, folds, strict=True) if f == fold]
-    ways: dict[str, Predictor] = {kind: predictor}
-    if isinstance(predictor, CascadePredictor):
-        ways = {"lexical": predictor.fast, "stacked": predictor.slow, "cascade": predictor}
     found = {}
-    for name, router in ways.items():
+    for name, router in parts_of(predictor).items():
         prediction = router.predict(prompts)
         found |= {f"{name}.quality": prediction.quality, f"{name}.uncertainty": prediction.uncertainty}
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from signalbox.router import metrics
 from signalbox.router.artifact import Artifact, Report, predictor_class
 from signalbox.router.base import Facts, Prediction, Prompt
-from signalbox.router.crossvalidate import FOLDS, cross_validate, folds_of, lines_of_folds
+from signalbox.router.crossvalidate import FOLDS, CrossValidated, cross_validate, folds_of, lines_of_folds
 from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.evaluate import evaluate, figures_of, unseen
 from signalbox.router.judge import WIN, Evaluation, Lines, check_pair, judge
@@ -23,7 +23,7 @@ from signalbox.router.table import Table, TableError
 from signalbox.router.train import prompt_hash, training_facts
 
 Objective = Literal["quality", "aiq", "apgr"]
-SINGLE = "single"
+SINGLE, COMPOUND = "single", "cascade"
 # Resamples of the prompts, for standard errors of figures that are no mean over prompts.
 RESAMPLES = 100
 # Decisions timed for each kind.
@@ -95,18 +95,27 @@ def compare(
         return _on_test(known, test.pool(known.models).complete(), encoder, kinds, pair, seed, facts, report)
     parts = folds_of(known, folds)
     lines = lines_of_folds(known, encoder, parts, report)
+    found: dict[str, CrossValidated] = {}
+    failed: dict[str, str] = {}
+    # What is made of others comes first: their predictions come with it.
+    for kind in sorted(kinds, key=lambda k: k != COMPOUND):
+        if kind in found:
+            continue
+        try:
+            found |= cross_validate(kind, known, encoder, parts, seed=seed, facts=facts, report=report)
+        except TableError as error:
+            failed[kind] = str(error)
     contenders = []
     for kind in kinds:
-        try:
-            found = cross_validate(kind, known, encoder, parts, seed=seed, facts=facts, report=report)
-        except TableError as error:
-            contenders.append(Contender(kind, error=str(error)))
+        if kind in failed:
+            contenders.append(Contender(kind, error=failed[kind]))
             continue
-        held = known.rows(found.held)
+        fold = found[kind]
+        held = known.rows(fold.held)
         evaluation = replace(
-            judge(known, found.prediction, lines, pair=pair), **figures_of(found.last, held, encoder, DECISIONS)
+            judge(known, fold.prediction, lines, pair=pair), **figures_of(fold.last, held, encoder, DECISIONS)
         )
-        contenders.append(Contender(kind, found.prediction, evaluation, found.fit_s))
+        contenders.append(Contender(kind, fold.prediction, evaluation, fold.fit_s))
     return Comparison(known, contenders, folds, pair, lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from signalbox.router.artifact import Report, Trainable, predictor_class
 from signalbox.router.base import Facts, Prediction, Prompt
+from signalbox.router.cascade import CascadePredictor
 from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.evaluate import knn_choice
 from signalbox.router.judge import Lines, lines_of
@@ -57,29 +57,45 @@ def cross_validate(
     seed: int = 0,
     facts: Facts | None = None,
     report: Report | None = None,
-) -> CrossValidated:
+) -> dict[str, CrossValidated]:
     """Fit `kind` once for each of `folds` (int [n]) on the other rows of a complete table, and predict it.
 
-    Raises `TableError` with too few rows.
+    Beside `kind` itself the answer has the kinds that it is made of (`parts_of`), which need no fit of their own; their
+    `fit_s` is that of the whole. Raises `TableError` with too few rows.
     """
     cls = predictor_class(kind)
-    quality = np.empty(table.score.shape, dtype=np.float32)
-    uncertainty, spread, took = np.empty_like(quality), [], []
+    quality: dict[str, NDArray[np.float32]] = {}
+    uncertainty: dict[str, NDArray[np.float32]] = {}
+    spread, took = [], []
     names = np.unique(folds)
     for number, fold in enumerate(names):
         if report:
             report(kind, number, len(names))
         held = folds == fold
         started = time.perf_counter()
-        last = cls.fit(table.rows(~held), encoder, seed=seed, facts=facts)
+        fitted = cls.fit(table.rows(~held), encoder, seed=seed, facts=facts)
         took.append(time.perf_counter() - started)
-        part = last.predict([Prompt(table.prompt[i]) for i in np.flatnonzero(held)])
-        quality[held], uncertainty[held] = part.quality, part.uncertainty
+        prompts = [Prompt(table.prompt[i]) for i in np.flatnonzero(held)]
+        last = parts_of(fitted)
+        for name, predictor in last.items():
+            part = predictor.predict(prompts)
+            quality.setdefault(name, np.empty(table.score.shape, dtype=np.float32))[held] = part.quality
+            uncertainty.setdefault(name, np.empty(table.score.shape, dtype=np.float32))[held] = part.uncertainty
         spread.append(part.spread)
     if report:
         report(kind, len(names), len(names))
-    prediction = Prediction(table.models, quality, uncertainty, float(np.mean(spread)))
-    return CrossValidated(prediction, last, held, float(np.mean(took)))
+    out = {}
+    for name, predictor in last.items():
+        prediction = Prediction(table.models, quality[name], uncertainty[name], float(np.mean(spread)))
+        out[name] = CrossValidated(prediction, predictor, held, float(np.mean(took)))
+    return out
+
+
+def parts_of(predictor: Trainable) -> dict[str, Trainable]:
+    """The predictor by its kind, and those that it is made of and that could serve alone."""
+    if isinstance(predictor, CascadePredictor):
+        return {predictor.kind: predictor, predictor.fast.kind: predictor.fast, predictor.slow.kind: predictor.slow}
+    return {predictor.kind: predictor}
 
 
 def lines_of_folds(
@@ -99,10 +115,3 @@ def lines_of_folds(
         parts.append(lines_of(rows, training_facts(training), knn))
         order.append(held)
     return Lines.joined(parts, np.concatenate(order))
-
-
-def names_of(kinds: Sequence[str]) -> list[str]:
-    """The kinds, each checked and named once. Raises `ArtifactError` where there is no such kind."""
-    for kind in kinds:
-        predictor_class(kind)
-    return list(dict.fromkeys(kinds))

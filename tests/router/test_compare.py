@@ -49,7 +49,7 @@ def test_every_row_is_predicted_by_a_router_that_has_not_seen_it(encoder: Senten
     rng = np.random.default_rng(0)
     table = replace(planted(240), measures={"score": rng.random((240, 3))})
     folds = folds_of(table, 3)
-    found = cross_validate("lexical", table, None, folds)
+    found = cross_validate("lexical", table, None, folds)["lexical"]
     seen = found.last.predict([Prompt(p) for p in table.prompt])
     assert np.allclose(seen.quality[found.held], found.prediction.quality[found.held])
     assert not np.allclose(seen.quality[~found.held], found.prediction.quality[~found.held])
@@ -57,6 +57,17 @@ def test_every_row_is_predicted_by_a_router_that_has_not_seen_it(encoder: Senten
     assert abs(np.corrcoef(centred.ravel(), table.score.ravel())[0, 1]) < 0.15
     lines = lines_of_folds(table, encoder, folds)
     assert lines.knn is not None and abs(lines.knn.mean() - 0.5) < 0.06
+
+
+def test_a_cascade_brings_its_parts_along(encoder: SentenceEncoder) -> None:
+    table = planted(150)
+    folds = folds_of(table, 2)
+    together = cross_validate("cascade", table, encoder, folds)
+    alone = cross_validate("lexical", table, encoder, folds)
+    assert set(together) == {"cascade", "lexical", "stacked"} and set(alone) == {"lexical"}
+    assert np.allclose(together["lexical"].prediction.quality, alone["lexical"].prediction.quality)
+    compared = compare(table, encoder, kinds=["lexical", "stacked", "cascade"], folds=2)
+    assert [c.kind for c in compared.contenders] == ["lexical", "stacked", "cascade"] and len(compared.fitted) == 3
 
 
 def test_a_prompt_that_stands_twice_is_in_one_fold() -> None:
