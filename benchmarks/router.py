@@ -318,6 +318,7 @@ def _interval(value: Any, count: int) -> tuple[float, float]:
 def cross_validated(table: Table, encoder: Encoder, kinds: Sequence[str]) -> tuple[dict[str, Prediction], Lines]:
     """Predictions of each kind for every row, by routers that have not seen it, and the reference lines."""
     folds = folds_of(table, FOLDS)
+    encoder.reserve(len(table))
     out = {}
     for kind in kinds:
         names = CASCADE if kind == "cascade" else (kind,)
