@@ -200,7 +200,7 @@ def routellm(encoder: Encoder) -> list[Row]:
     means = table.score.mean(axis=0)
     weak, strong = (table.models[i] for i in np.argsort(means))
     case = "routellm_pair"
-    predictions, lines = cross_validated(table, encoder, ("lexical", "knn", "linear"))
+    predictions, lines = cross_validated(table, encoder, ("lexical", "linear"))
     rows = []
     for kind, prediction in predictions.items():
         found = judge(table, prediction, lines, pair=(weak, strong))
@@ -491,7 +491,7 @@ def end_to_end() -> list[Row]:
     write_table(rows, folder / "train.parquet")
     write_table(fresh, folder / "test.parquet")
     out = []
-    for kind in ("lexical", "tryage", "cascade"):
+    for kind in ("lexical", "tryage"):
         started = time.perf_counter()
         for command in (
             ["train", "--kind", kind, "--table", "train.parquet", "--pool", "all", "--out", kind],
