@@ -249,7 +249,7 @@ class VllmEngine:
 
     def _arguments(self, path: Path) -> dict[str, Any]:
         config = self.config
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": str(path),
             "tokenizer": str(path),
             "load_format": "safetensors" if config.has_weights else "dummy",  # never a pickle

@@ -89,7 +89,8 @@ class Core:
     def generate(self, tokens: list[int], params: Any, request_id: str) -> AsyncIterator[Any]:
         """vLLM's RequestOutputs; closing the iterator aborts the request."""
         prompt = {"type": "token", "prompt_token_ids": tokens}  # as vLLM's renderer makes it: nothing left to tokenise
-        return self._llm.generate(prompt, params, request_id)  # type: ignore[no-any-return]
+        generated: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
+        return generated
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; their iterators end with the finish reason `abort`."""
@@ -111,7 +112,7 @@ def _stat_logger(on_stats: Callable[[int, int, float], None]) -> Any:
     """The class of a stat logger: vLLM makes one for the engine and hands it each step's figures."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class StatLogger(StatLoggerBase):  # type: ignore[misc]
+    class StatLogger(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
@@ -155,7 +156,9 @@ def sampling_params(
         fields["structured_outputs"] = _structured_outputs(extra)
     try:
         return VllmSamplingParams(**fields)
-    except (*_client_errors(), TypeError) as error:
+    except Exception as error:
+        if not isinstance(error, (*_client_errors(), TypeError)):
+            raise
         raise InvalidRequest(f"vLLM refuses these parameters: {error}", param=_field_of(error, extra)) from error
 
 
@@ -167,8 +170,8 @@ def scoring_params() -> vllm.SamplingParams:
 
 
 _PASSED_ON = ("min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "bad_words")
-_STRUCTURED_FIELDS = ("response_format", "structured_outputs")
-_STRUCTURED_FIELDS += ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_STRUCTURED_FIELDS = ("response_format", "structured_outputs", *_GUIDED)
 
 
 def _structured_outputs(extra: dict[str, Any]) -> Any:
@@ -186,9 +189,7 @@ def _structured_outputs(extra: dict[str, Any]) -> Any:
                 param="structured_outputs",
             )
         fields |= wanted
-    for name in ("json", "regex", "choice", "grammar"):
-        if f"guided_{name}" in extra:
-            fields[name] = extra[f"guided_{name}"]
+    fields |= {name.removeprefix("guided_"): extra[name] for name in _GUIDED if name in extra}
     if "response_format" in extra:
         fields |= _response_format(extra["response_format"])
     if sum(fields.get(name) is not None for name in _STRUCTURED) != 1:

@@ -22,6 +22,8 @@ from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import argument_problems, engine_argument_names, installed
 from tests.tiny_models import save_tiny
 
+ROOT = str(Path(__file__).resolve().parents[2])
+
 pytestmark = pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm")
 
 
@@ -211,9 +213,10 @@ async def test_vllms_processes_end_with_ours(folder: Path) -> None:
     )
     path = folder.parent / "holder.py"
     path.write_text(script)
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])}
-    holder = subprocess.Popen([sys.executable, str(path), str(folder)], stdout=subprocess.PIPE, env=environment)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, *filter(None, sys.path)])}
+    holder = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+        [sys.executable, str(path), str(folder)], stdout=subprocess.PIPE, env=environment
+    )
     assert holder.stdout is not None
     try:
         assert await asyncio.to_thread(holder.stdout.readline) == b"ready\n"
@@ -241,9 +244,9 @@ async def test_random_weights_need_no_weights(folder: Path, tmp_path: Path) -> N
 
 
 async def test_a_failed_start_says_why(folder: Path) -> None:
-    with pytest.raises(ExpertUnavailable, match="cannot start: .*(max_model_len|maximum)"):
+    with pytest.raises(ExpertUnavailable, match=r"cannot start: .*(max_model_len|maximum)"):
         await make(folder, max_model_len=100_000).start()
-    with pytest.raises(ExpertUnavailable, match="cannot start: .*TENSOR"):
+    with pytest.raises(ExpertUnavailable, match=r"cannot start: .*TENSOR"):
         # fails in the engine core, whose own words are to reach us
         await make(folder, engine_args={"attention_backend": "TENSOR"}).start()
     assert not [p for p in own_processes() if p.create_time() > time.time() - 5]
