@@ -109,7 +109,7 @@ class VllmEngine:
             await self.close()
             raise
         except (Exception, asyncio.CancelledError) as error:
-            cause = (self._reports and self._reports.first_error) or f"{type(error).__name__}: {error}"
+            cause = (self._reports and self._reports.first_error) or vllm_versions.reason_of(error)
             await self.close()
             if isinstance(error, asyncio.CancelledError):
                 raise

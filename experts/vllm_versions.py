@@ -151,7 +151,15 @@ def sampling_params(
         "ignore_eos": sampling.ignore_eos,
         "output_kind": RequestOutputKind.DELTA,
     }
-    fields |= {name: extra[name] for name in _PASSED_ON if name in extra}
+    for name, (kind, said) in _PASSED_ON.items():
+        if name in extra:
+            value = extra[name]
+            items = value if kind[0] is list and isinstance(value, list) else [value]
+            if any(isinstance(item, bool) or not isinstance(item, kind[-1]) for item in items) or (
+                kind[0] is list and not isinstance(value, list)
+            ):
+                raise InvalidRequest(f"'{name}' must be {said}", param=name)
+            fields[name] = value
     if any(name in extra for name in _STRUCTURED_FIELDS):
         fields["structured_outputs"] = _structured_outputs(extra)
     try:
@@ -169,7 +177,14 @@ def scoring_params() -> vllm.SamplingParams:
     return VllmSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
 
 
-_PASSED_ON = ("min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "bad_words")
+# Further sampling parameters under vLLM's own names, which vLLM takes without looking at their types.
+_PASSED_ON: dict[str, tuple[tuple[Any, ...], str]] = {
+    "min_p": ((int | float,), "a number"),
+    "min_tokens": ((int,), "an integer"),
+    "repetition_penalty": ((int | float,), "a number"),
+    "stop_token_ids": ((list, int), "a list of token ids"),
+    "bad_words": ((list, str), "a list of strings"),
+}
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _STRUCTURED_FIELDS = ("response_format", "structured_outputs", *_GUIDED)
 
@@ -235,6 +250,15 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
     own = getattr(exceptions, "VLLMClientError", None)
     return (ValueError,) if own is None else (own, ValueError)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of the start in few words: pydantic's come with everything that was passed in."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        with contextlib.suppress(Exception):
+            return "; ".join(str(item["msg"]) for item in errors())
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
