@@ -31,7 +31,7 @@ class Result:
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
-    messages: int = 0
+    reads: int = 0
     expert: str = ""
     error: str = ""
 
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
             data = head.partition(b"\r\n\r\n")[2]
         if _TEXT.search(data):
             result.last = now
-            result.messages += 1
+            result.reads += 1
             result.first = result.first or now
         self._tail = (self._tail + data)[-2048:]
         if b"data: [DONE]" in self._tail and self._tail.endswith(b"0\r\n\r\n"):

@@ -49,10 +49,8 @@ def process(command: Sequence[str], log: Path, **variables: str) -> Iterator[sub
         yield child
     finally:
         child.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(60)
-        except subprocess.TimeoutExpired:
-            pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -91,7 +91,7 @@ def summary(results: list[Result]) -> dict[str, float]:
         "TTFT p50": percentile(ttft, 0.5),
         "TTFT p99": percentile(ttft, 0.99),
         "time per token p50": percentile(tpot, 0.5),
-        "tokens a message": sum(r.tokens for r in results) / max(1, sum(r.messages for r in results)),
+        "tokens a read": sum(r.tokens for r in results) / max(1, sum(r.reads for r in results)),
     }
 
 
@@ -124,7 +124,7 @@ def in_process(
 def rows_of(shape: str, found: dict[str, dict[int, list[Any]]]) -> list[Row]:
     """Every figure with the server's as reference, and the goals of the service."""
     rows = []
-    units = {"throughput": "tokens/s", "tokens a message": ""}
+    units = {"throughput": "tokens/s", "tokens a read": ""}
     for system, levels in found.items():
         for streams, runs in levels.items():
             case = f"{shape}, {streams} streams, {NAMES[system]}"

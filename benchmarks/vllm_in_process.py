@@ -38,7 +38,7 @@ async def run(core: vllm_versions.Core, streams: int, job: dict[str, Any], seed:
                 result.last = time.monotonic()
                 result.first = result.first or result.last
                 result.tokens += len(output.outputs[0].token_ids)
-                result.messages += 1
+                result.reads += 1
             results.append(result)
 
     await asyncio.gather(*(client() for _ in range(streams)))

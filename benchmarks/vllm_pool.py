@@ -193,8 +193,9 @@ def main(
         for i, name in enumerate(TOPICS):
             part = asyncio.run(load(port, each, bodies([name], 4 * each, tokens, 10 + i)))
             own = figures(f"alone, {each} streams", part, max(r.last for r in part) - min(r.began for r in part))
-            rows += [row for row in own if row.case.endswith(name) and row.metric != "share of all tokens"]
-            alone |= {name: row.value for row in own if row.case.endswith(name) and row.metric == "time per token p50"}
+            own = [row for row in own if row.case.endswith(name) and row.metric != "share of all tokens"]
+            rows += own
+            alone[name] = next((row.value for row in own if row.metric == "time per token p50"), float("nan"))
         job = bodies(list(TOPICS), 600, tokens, 2)
         mixed = asyncio.run(load(port, streams, job, seconds))
         rows += figures(f"mixed, {streams} streams", mixed, seconds, alone)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert, matches
-from signalbox.experts.vllm_arguments import argument_problems
+from signalbox.experts.vllm_arguments import argument_problems, installed
 from signalbox.policies.base import Policy
 from signalbox.serving.config_source import (
     ConfigError,
@@ -276,6 +276,11 @@ def _warnings(config: Config) -> list[Problem]:
     found: list[Problem] = []
     if not config.routers:
         found.append(Problem(("routers",), "no router is declared: `auto` goes by price and latency alone"))
+    found += [
+        Problem(("experts", name, "engine"), "vLLM is not installed here: this expert will not start")
+        for name, expert in config.experts.items()
+        if isinstance(expert, VllmExpert) and not installed()
+    ]
     found += [
         Problem(("policies", name, key), f"'{glob}' fits none of the experts")
         for name, policy in config.policies.items()
