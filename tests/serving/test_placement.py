@@ -58,7 +58,7 @@ def test_what_fits_is_placed() -> None:
 
 def test_without_gpus_vllm_runs_on_the_cpu_unless_it_was_told_otherwise() -> None:
     assert gpu_shares({"a": vllm(), "b": vllm(gpus=0)}, 0) == {"a": 0, "b": 0}
-    with pytest.raises(PlacementError, match="'a' wants a GPU .* none"):
+    with pytest.raises(PlacementError, match="'a' wants a GPU"):
         gpu_shares({"a": vllm(gpus=0.5)}, 0)
 
 

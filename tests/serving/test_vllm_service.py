@@ -1,4 +1,4 @@
-"""`signalbox serve` with vLLM experts on the CPU: they answer, one that cannot start keeps nobody, the killed return."""
+"""`signalbox serve` with vLLM experts on the CPU: answers, a failed start, killed processes."""
 
 from __future__ import annotations
 
