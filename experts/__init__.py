@@ -10,7 +10,7 @@ from signalbox.experts.base import (
     Score,
     Usage,
 )
-from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, Price, TransformersExpert
+from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, Price, TransformersExpert, VllmExpert
 
 __all__ = [
     "Chunk",
@@ -25,4 +25,5 @@ __all__ = [
     "Score",
     "TransformersExpert",
     "Usage",
+    "VllmExpert",
 ]

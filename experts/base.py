@@ -102,7 +102,8 @@ class GenerateRequest:
 
     `messages` are OpenAI chat messages whose content is text; the engine applies the chat template.
     `adapter` names an adapter of the engine's base, or None for the base itself. `extra` holds request
-    fields that only remote engines understand (tools, response_format, ...), passed through unread.
+    fields beyond these (tools, response_format, ...), unread so far: those that the expert's configuration class
+    says its engine understands (`request_fields`).
     """
 
     request_id: str
@@ -173,7 +174,8 @@ class EngineState:
     """What an engine reports of itself, published for the decision.
 
     `ttft_ms` and `tpot_ms` are exponentially weighted means over recent requests (NaN-free: None before the
-    first one). `memory_bytes` counts weights and KV cache.
+    first one). `memory_bytes` counts weights and KV cache; `kv_cache_use` is the share of the cache's blocks in use,
+    0 to 1, None where the engine does not say.
     """
 
     running: int = 0
@@ -183,6 +185,7 @@ class EngineState:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     memory_bytes: int = 0
+    kv_cache_use: float | None = None
     healthy: bool = True
 
 

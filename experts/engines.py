@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from signalbox.experts.base import Engine
-from signalbox.experts.catalog import OpenAIExpert, TransformersExpert
+from signalbox.experts.catalog import ExpertConfig, TransformersExpert, VllmExpert
 
 
-def build_engine(name: str, config: TransformersExpert | OpenAIExpert) -> Engine:
+def build_engine(name: str, config: ExpertConfig) -> Engine:
     """The engine of an expert, not started yet. Imports just what that kind of engine needs."""
     if isinstance(config, TransformersExpert):
         from signalbox.experts.transformers_engine import TransformersEngine
 
         return TransformersEngine(name, config)
+    if isinstance(config, VllmExpert):
+        from signalbox.experts.vllm_engine import VllmEngine
+
+        return VllmEngine(name, config)
     from signalbox.experts.openai_engine import OpenAIEngine
 
     return OpenAIEngine(name, config)

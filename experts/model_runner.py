@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from signalbox.experts.base import ExpertUnavailable, InvalidRequest
+from signalbox.experts.base import ExpertUnavailable
 from signalbox.experts.packed_batch import ATTENTION, KVCache, PackedBatch, packed_attention
+from signalbox.experts.prompts import PromptEncoder
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -23,7 +23,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else torch.float32
 
 
-class ModelRunner:
+class ModelRunner(PromptEncoder):
     """Weights and tokenizer of one model, on one device.
 
     `batch` is the packed batch of the forward pass that runs now: modules that act by request (adapters, gates)
@@ -41,7 +41,7 @@ class ModelRunner:
         self.dtype = best_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         AttentionInterface.register(ATTENTION, packed_attention)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=self.dtype, attn_implementation=ATTENTION, use_safetensors=True
             )
@@ -59,10 +59,8 @@ class ModelRunner:
         self.cache = KVCache(config.num_hidden_layers, kv_heads, head_dim, self.dtype, self.device)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        if chat_template is not None:
-            self.tokenizer.chat_template = chat_template
+        super().__init__(tokenizer, chat_template)
         self.eos_token_ids = self._eos_token_ids()
-        self.answer_prefix = self._answer_prefix()
 
     def _eos_token_ids(self) -> frozenset[int]:
         """All tokens that end an answer: the generation config's, the model's and the tokenizer's."""
@@ -74,44 +72,6 @@ class ModelRunner:
         ):
             found.update(value if isinstance(value, list | tuple) else [value] if value is not None else [])
         return frozenset(found)
-
-    def _answer_prefix(self) -> str:
-        """What stands between the chat template's end and an answer's first letter: a space after `Answer:`.
-
-        Tokens of such models begin with that space; it belongs to neither the client's text nor the reference.
-        """
-        if not self.tokenizer.chat_template:
-            return ""
-        probe = [{"role": "user", "content": "x"}]
-        try:
-            text = str(self.tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False))
-        except Exception as error:
-            raise ExpertUnavailable(f"the chat template does not render: {error}") from error
-        return "" if not text or text[-1].isspace() or text.endswith(">") else " "
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Chat messages -> token ids by the chat template. Raises `InvalidRequest` where the template refuses."""
-        if not self.tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # templates raise what they like, jinja2's own errors among it
-            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not self._template_writes_bos(text))["input_ids"]
-        return ids
-
-    def _template_writes_bos(self, text: str) -> bool:
-        bos = self.tokenizer.bos_token
-        return bool(bos) and text.startswith(bos)
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Text -> token ids, with the tokens that begin a prompt if `special`."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text (for logprobs)."""
-        return str(self.tokenizer.decode([token_id]))
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, keep: Seq[int]) -> Tensor:

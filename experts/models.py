@@ -38,14 +38,14 @@ _MAX_HEADER = 100_000_000  # bytes; the bound that the safetensors format sets
 class LocalModel:
     """A model on this machine's disk, for `from_pretrained(path, use_safetensors=True)`.
 
-    `parameters` counts the floating-point weights in the safetensors headers, tied ones once.
+    `parameters` counts the floating-point weights in the safetensors headers, tied ones once; None without weights.
     `context_length` is max_position_embeddings, in tokens. `license` is None where nothing states one.
     """
 
     path: Path
     reference: str
     license: str | None
-    parameters: int
+    parameters: int | None
     context_length: int
 
 
@@ -56,10 +56,13 @@ def default_cache() -> Path:
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "signalbox" / "models"
 
 
-def resolve(reference: str, *, cache: Path | None = None, progress: Progress | None = None) -> LocalModel:
+def resolve(
+    reference: str, *, cache: Path | None = None, progress: Progress | None = None, weights: bool = True
+) -> LocalModel:
     """The folder of a model reference, downloaded or converted first where it must be. Blocking.
 
-    A conversion is atomic; of several processes that want the same one, one does it and the others wait.
+    A conversion is atomic; of several processes that want the same one, one does it and the others wait. Without
+    `weights`, a folder with config.json and a tokenizer is enough.
     Raises `ModelUnavailable` with the remedy: package not installed, hub unreachable, checksum mismatch,
     pickled weights, a file that is no model.
     """
@@ -73,17 +76,19 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
         except OSError as error:  # a full disk, a cache that is not ours to write
             raise ModelUnavailable(f"cannot convert {reference} into {cache}: {error}") from error
         stated = stated or json.loads((folder / _MARKER).read_bytes()).get("license")
-    config = _checked_config(folder)
+    config = _checked_config(folder, weights=weights)
     return LocalModel(
         path=folder,
         reference=reference,
         license=stated or _card_license(folder),
-        parameters=_count_parameters(folder, config),
+        parameters=_count_parameters(folder, config) if weights else None,
         context_length=_context_length(folder, config),
     )
 
 
-def fingerprint(reference: str, *, cache: Path | None = None, progress: Progress | None = None) -> str:
+def fingerprint(
+    reference: str, *, cache: Path | None = None, progress: Progress | None = None, weights: bool = True
+) -> str:
     """16 hexadecimal digits that name the content of the source, the same on every machine. Blocking.
 
     Reads all of it on the first call and remembers the digest by path, size and times. Raises as `resolve` does.
@@ -94,7 +99,7 @@ def fingerprint(reference: str, *, cache: Path | None = None, progress: Progress
     if source.kind != "folder":
         return _content_sha256(source, cache, progress)[:16]
     folder = source.files[0]
-    _checked_config(folder)
+    _checked_config(folder, weights=weights)
     content = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in MODEL_FILES):
         digest = _content_sha256(Source(file.name, "folder", (file,)), cache, progress)
@@ -109,11 +114,11 @@ def _unwatched(stage: str, fraction: float) -> None:
 # Facts of a folder, from its config and the headers of its weights
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
+def _checked_config(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """The folder's config.json, if the folder is a whole model that can be loaded without unpickling."""
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(f"{folder} has no config.json; name a folder in the Hugging Face format or a .gguf file")
-    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+    if weights and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         if pickles := [file.name for file in folder.iterdir() if file.suffix in _PICKLES]:
             raise ModelUnavailable(
                 f"{folder} holds {pickles[0]}, and unpickling runs code: safetensors only. "

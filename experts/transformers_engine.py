@@ -17,12 +17,10 @@ from typing import Any
 
 from signalbox.experts.base import (
     Chunk,
-    ContextLengthExceeded,
     EngineState,
     ExpertError,
     ExpertUnavailable,
     GenerateRequest,
-    InvalidRequest,
     QueueFull,
     Score,
     Unsupported,
@@ -32,6 +30,7 @@ from signalbox.experts.detokenizer import Detokenizer
 from signalbox.experts.model_runner import ModelRunner
 from signalbox.experts.models import resolve
 from signalbox.experts.packed_batch import PackedBatch, Segment
+from signalbox.experts.prompts import check_length, check_logit_bias, tokenise, tokenise_reference
 from signalbox.experts.sampler import SamplerRow
 from signalbox.experts.scheduler import Result, Scheduler
 from signalbox.experts.sequence import Sequence
@@ -39,8 +38,6 @@ from signalbox.experts.speed import Speed
 
 log = logging.getLogger(__name__)
 
-# A prompt of more characters is tokenised on a thread, off the event loop.
-LONG_PROMPT = 20_000
 # Scoring packs texts into one pass up to this many tokens, and this many reference tokens (their logits are kept).
 SCORE_TOKENS, SCORE_ANSWER_TOKENS = 1024, 512
 # After this long without work the KV cache's memory is given back, in seconds.
@@ -94,12 +91,9 @@ class TransformersEngine:
     async def score(self, request: GenerateRequest, reference: str) -> Score:
         """Negative log-likelihood of `reference` as the answer, by a forward pass without the cache."""
         runner = self._ready().runner
-        prompt = await self._tokenise(request)
-        prefix = runner.answer_prefix if request.messages is not None else ""
-        answer = await _off_loop(len(reference), lambda text: runner.encode(text, special=False), prefix + reference)
-        if not reference or not answer:
-            raise InvalidRequest("the reference is empty", param="reference")
-        self._check_length(len(prompt), len(answer))
+        prompt = await tokenise(self.name, runner, runner.vocab_size, request)
+        answer = await tokenise_reference(runner, request, reference)
+        check_length(self.name, self.longest, len(prompt), len(answer))
         if len(self._score_jobs) >= max(1, self.config.max_waiting):
             raise QueueFull(f"expert {self.name!r} has {len(self._score_jobs)} texts to score already")
         future: asyncio.Future[tuple[float, float]] = asyncio.get_running_loop().create_future()
@@ -194,10 +188,9 @@ class TransformersEngine:
         if request.extra:
             fields = sorted(request.extra)
             raise Unsupported(f"expert {self.name!r} does not support {', '.join(fields)}", param=fields[0])
-        if unknown := [i for i in sampling.logit_bias if not 0 <= i < runner.vocab_size]:
-            raise InvalidRequest(f"token {unknown[0]} does not exist in {self.name!r}", param="logit_bias")
-        tokens = await self._tokenise(request)
-        self._check_length(len(tokens), sampling.max_tokens or 1)
+        check_logit_bias(self.name, runner.vocab_size, request)
+        tokens = await tokenise(self.name, runner, runner.vocab_size, request)
+        check_length(self.name, self.longest, len(tokens), sampling.max_tokens or 1)
         limit = sampling.max_tokens or min(config.default_max_tokens, self.longest - len(tokens))
         sequence = Sequence(
             request=request,
@@ -208,7 +201,7 @@ class TransformersEngine:
             detokenizer=Detokenizer(
                 runner.tokenizer.backend_tokenizer,
                 (*sampling.stop, *config.stop),
-                runner.answer_prefix if request.messages is not None else "",
+                runner.prefix_of(request),
             ),
             loop=asyncio.get_running_loop(),
             chunks=asyncio.Queue(),
@@ -221,30 +214,6 @@ class TransformersEngine:
         scheduler.waiting.append(sequence)
         self._notify()
         return sequence
-
-    async def _tokenise(self, request: GenerateRequest) -> list[int]:
-        runner = self._ready().runner
-        if request.prompt_token_ids is not None:
-            tokens = list(request.prompt_token_ids)
-            if unknown := [i for i in tokens if not 0 <= i < runner.vocab_size]:
-                raise InvalidRequest(f"token {unknown[0]} does not exist in {self.name!r}", param="prompt")
-        elif request.messages is not None:
-            size = sum(len(m.get("content") or "") for m in request.messages)
-            tokens = await _off_loop(size, runner.encode_chat, request.messages)
-        else:
-            text = request.prompt or ""
-            tokens = await _off_loop(len(text), runner.encode, text)
-        if not tokens:
-            raise InvalidRequest("the prompt is empty", param="prompt" if request.messages is None else "messages")
-        return tokens
-
-    def _check_length(self, prompt: int, answer: int) -> None:
-        if prompt + answer > self.longest:
-            raise ContextLengthExceeded(
-                f"expert {self.name!r} holds {self.longest} tokens, but the prompt has {prompt} and up to {answer} "
-                "are to be generated: shorten the prompt or lower max_tokens",
-                param="messages",
-            )
 
     # -- the engine's thread -----------------------------------------------------------------------------
 
@@ -303,11 +272,6 @@ class TransformersEngine:
         computed = sum(len(prompt) + len(answer) for prompt, answer, _ in jobs)
         for (prompt, answer, future), value in zip(jobs, bits, strict=True):
             _complete(future, (value, seconds * (len(prompt) + len(answer)) / computed))
-
-
-async def _off_loop(size: int, function: Callable[[Any], list[int]], argument: Any) -> list[int]:
-    """Call at once, or on a thread where the text is long."""
-    return await asyncio.to_thread(function, argument) if size > LONG_PROMPT else function(argument)
 
 
 def _call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from signalbox import __version__
-from signalbox.experts.catalog import OpenAIExpert, TransformersExpert
+from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import logs
 from signalbox.serving.cli_client import chat_command, route_command
 from signalbox.serving.cli_router import router_app
@@ -119,21 +119,21 @@ def models(
 class _Facts:
     """What the configuration declares of an expert, completed from its weights where they are on this machine."""
 
-    def __init__(self, expert: TransformersExpert | OpenAIExpert) -> None:
+    def __init__(self, expert: ExpertConfig) -> None:
         self.parameters, self.context_length = expert.parameters, expert.context_length
         self.license, self.here = expert.license, "remote"
-        if expert.engine != "transformers":
+        if not isinstance(expert, LocalExpert):
             return
         from signalbox.experts.models import ModelUnavailable, resolve
 
         try:
-            local = resolve(expert.model, progress=_refuse_work)
+            local = resolve(expert.model, progress=_refuse_work, weights=expert.has_weights)
         except _WouldTakeWork:
             self.here = "from the first start on"
         except ModelUnavailable as error:
             self.here = f"no: {error}"
         else:
-            self.here = "yes"
+            self.here = "yes" if expert.has_weights else "RANDOM WEIGHTS"
             self.parameters = self.parameters or local.parameters
             self.context_length = self.context_length or local.context_length
             self.license = self.license or local.license

@@ -136,7 +136,7 @@ def _decide_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
 def _local_facts(config: Config, name: str) -> dict[str, Any]:
     """Size and context of a model whose files are on this machine; nothing is downloaded or converted for it."""
     from signalbox.experts.base import ExpertError
-    from signalbox.experts.catalog import TransformersExpert
+    from signalbox.experts.catalog import LocalExpert
     from signalbox.experts.models import resolve
 
     class WouldTakeWork(Exception):
@@ -146,9 +146,9 @@ def _local_facts(config: Config, name: str) -> dict[str, Any]:
         raise WouldTakeWork
 
     expert = config.experts[name]
-    if isinstance(expert, TransformersExpert):
+    if isinstance(expert, LocalExpert):
         with suppress(WouldTakeWork, ExpertError):
-            model = resolve(expert.model, progress=refuse)
+            model = resolve(expert.model, progress=refuse, weights=expert.has_weights)
             return {"parameters": model.parameters, "context_length": model.context_length}
     return {}
 

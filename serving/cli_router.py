@@ -121,7 +121,7 @@ async def collect_pool(
 
 def _fingerprint(expert: ExpertConfig) -> str:
     """Hash of what bears on an expert's losses: not its price, its speed or its limits."""
-    keys = {"engine", "model", "chat_template", "dtype", "base_url"}
+    keys = {"engine", "model", "chat_template", "dtype", "base_url", "load_format"}
     fields = expert.model_dump(mode="json", include=keys)
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
 

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from signalbox.experts.catalog import ExpertConfig, Strict, TransformersExpert, matches
+from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert, matches
+from signalbox.experts.vllm_arguments import argument_problems, installed
 from signalbox.policies.base import Policy
 from signalbox.serving.config_source import (
     ConfigError,
@@ -212,7 +213,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
 
     experts = {
         name: expert.model_copy(update={"model": str(absolute(expert.model))})
-        if isinstance(expert, TransformersExpert) and is_local(expert.model)
+        if isinstance(expert, LocalExpert) and is_local(expert.model)
         else expert
         for name, expert in config.experts.items()
     }
@@ -232,7 +233,7 @@ def _problems(config: Config) -> list[Problem]:
     if not any(expert.routable for expert in config.experts.values()):
         found.append(Problem(("experts",), "no expert is routable, so `auto` has nothing to choose from"))
     for name, expert in config.experts.items():
-        if isinstance(expert, TransformersExpert) and is_local(expert.model) and not Path(expert.model).exists():
+        if isinstance(expert, LocalExpert) and is_local(expert.model) and not Path(expert.model).exists():
             found.append(
                 Problem(
                     ("experts", name, "model"),
@@ -240,6 +241,11 @@ def _problems(config: Config) -> list[Problem]:
                     "a model is `pypi:PACKAGE`, `hf:ORG/NAME` or a path",
                 )
             )
+        if isinstance(expert, VllmExpert):
+            found += [
+                Problem(("experts", name, "engine_args", key), text)
+                for key, text in argument_problems(expert.engine_args)
+            ]
     if config.default_policy is not None and config.default_policy not in config.policies:
         found.append(Problem(("default_policy",), _unknown("policy", config.default_policy, config.policies)))
     named_or_needed = config.routers or "default_router" in config.model_fields_set
@@ -277,6 +283,11 @@ def _warnings(config: Config) -> list[Problem]:
     found: list[Problem] = []
     if not config.routers:
         found.append(Problem(("routers",), "no router is declared: `auto` goes by price and latency alone"))
+    found += [
+        Problem(("experts", name, "engine"), "vLLM is not installed here: this expert will not start")
+        for name, expert in config.experts.items()
+        if isinstance(expert, VllmExpert) and not installed()
+    ]
     found += [
         Problem(("policies", name, key), f"'{glob}' fits none of the experts")
         for name, policy in config.policies.items()

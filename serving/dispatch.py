@@ -19,7 +19,7 @@ from typing import Any, Literal
 import orjson
 
 from signalbox.experts.base import Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
-from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, matches
+from signalbox.experts.catalog import ExpertConfig, matches
 from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
 from signalbox.policies.decide import decide
 from signalbox.policies.explore import explore
@@ -211,15 +211,16 @@ class Dispatcher:
         names = [name for name, expert in self._config.experts.items() if expert.routable]
         if options.allowed is not None:
             names = [name for name in names if matches(name, options.allowed)]
-        if call.remote_only:
-            able = [name for name in names if _remote(self._config.experts[name])]
+        if call.demands:
+            able = [name for name in names if not call.unmet(self._config.experts[name].request_fields)]
             if not able:
                 raise Unsupported(
-                    f"'{call.remote_only[0]}' needs an expert with `engine: openai`, and the router may choose none",
-                    param=call.remote_only[0],
+                    f"'{call.demands[0]}' needs an expert whose engine understands it, e.g. one with "
+                    "`engine: openai`, and the router may choose none",
+                    param=call.demands[0],
                 )
             names = able
-        if options.allowed is not None or call.remote_only:
+        if options.allowed is not None or call.demands:
             updates["allowed"] = tuple(name for name in names if matches(name, policy.allowed))
         return policy.model_copy(update=updates) if updates else policy
 
@@ -296,7 +297,7 @@ class Dispatcher:
         if not state.ready:
             raise ExpertUnavailable(f"expert '{name}' is not ready: {state.reason}")
         client = self._experts[name]
-        requests = call.requests(reply_id, remote=_remote(self._config.experts[name]))
+        requests = call.requests(reply_id, understood=self._config.experts[name].request_fields)
         streams = [client.generate(request) for request in requests]
         return single(streams[0]) if len(streams) == 1 else merged(streams)
 
@@ -360,10 +361,6 @@ class Dispatcher:
         data = orjson.dumps([expert, plan.router, plan.confidence, plan.basis])
         with contextlib.suppress(StoreUnavailable):
             await self._store.set(f"decision:{keep.decision_key}", data, ttl_s)
-
-
-def _remote(config: ExpertConfig) -> bool:
-    return isinstance(config, OpenAIExpert)
 
 
 def _version_of_expert(config: ExpertConfig) -> str:

@@ -22,7 +22,7 @@ from signalbox.experts.base import (
     QueueFull,
 )
 from signalbox.experts.base import Score as ExpertScore
-from signalbox.experts.catalog import ExpertConfig, TransformersExpert
+from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import live_state
 from signalbox.serving.live_state import ReplicaState
 from signalbox.serving.store import Store, StoreUnavailable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 60.0  # between attempts to start an engine that did not
+LOOK_S = 0.5  # between two looks at an engine that has processes of its own
 ACCEPT_S = 3.0  # within which a replica has to take a request; how long the answer takes is another matter
 CLOSE_S = 5.0  # that a replica has to end its requests when it is stopped
 
@@ -49,6 +50,7 @@ class ExpertDeployment:
     def __init__(self, name: str, config: ExpertConfig, store_url: str) -> None:
         self._name, self._config = name, config
         self._engine: Engine | None = None
+        self._newest: Engine | None = None  # the one that is being started
         self._reason = "starting"
         self._running: dict[str, asyncio.Task[ExpertError | None]] = {}
         self._facts: dict[str, Any] = {}
@@ -56,7 +58,7 @@ class ExpertDeployment:
         self._published = 0
         self._store = Store(store_url)
         self._rank = _replica_rank()
-        self._tasks = [asyncio.create_task(self._start_engine()), asyncio.create_task(self._keep_publishing())]
+        self._tasks = [asyncio.create_task(self._keep_engine()), asyncio.create_task(self._keep_publishing())]
         # Serve calls this before it ends the replica. On the class, garbage collection would call it again.
         self.__del__ = self.close
 
@@ -114,11 +116,12 @@ class ExpertDeployment:
     # -- what Serve calls --------------------------------------------------------------------------------------
 
     def check_health(self) -> None:
-        """Raise when a local engine has died, so that Serve replaces the replica.
+        """Raise when an engine in this process has died, so that Serve replaces the replica.
 
-        A remote expert that is down is not cured by a new replica, and one that never started is tried again here.
+        A remote expert that is down is not cured by a new replica, one that never started is tried again here, and so
+        is one that computes in processes of its own: a new engine in this replica is ready sooner than a new replica.
         """
-        if self._engine is None or not isinstance(self._config, TransformersExpert):
+        if self._engine is None or not isinstance(self._config, LocalExpert) or self._config.own_process:
             return
         if not self._engine.state().healthy:
             raise RuntimeError(f"the engine of expert {self._name!r} has stopped")
@@ -159,13 +162,30 @@ class ExpertDeployment:
                 await close()
         return None
 
+    async def _keep_engine(self) -> None:
+        """Start the engine; when one that has its own processes dies or hangs, end what is left and start another."""
+        own_process = isinstance(self._config, LocalExpert) and self._config.own_process
+        await self._start_engine()
+        while own_process:
+            await asyncio.sleep(LOOK_S)
+            engine = self._engine
+            if engine is None or engine.state().healthy:
+                continue
+            reason = getattr(engine, "ailment", lambda: None)() or "the engine has stopped"
+            log.error("expert %s: %s; starting it again", self._name, reason)
+            self._engine, self._reason = None, f"starting again: {reason}"
+            await self._publish()
+            with contextlib.suppress(Exception):
+                await engine.close()
+            await self._start_engine()
+
     async def _start_engine(self) -> None:
         """Build and start the engine, again and again until it starts."""
         pause = FIRST_RETRY_S
         while True:
             engine: Engine | None = None
             try:
-                engine = await asyncio.to_thread(_build, self._name, self._config)
+                self._newest = engine = await asyncio.to_thread(_build, self._name, self._config)
                 await engine.start()
                 self._facts = await asyncio.to_thread(_facts, engine, self._config)
             except Exception as error:
@@ -208,15 +228,21 @@ class ExpertDeployment:
         engine = self._engine.state() if self._engine else EngineState(healthy=False)
         return ReplicaState(
             ready=self._engine is not None and engine.healthy,
-            reason=self._reason if self._engine is None else ("" if engine.healthy else "the engine is not healthy"),
+            reason=self._why_not() if self._engine is None else ("" if engine.healthy else "the engine is not healthy"),
             engine=engine,
             **self._facts,
             bytes_per_token=self._density.bytes_per_token,
             sequence=self._published,
         )
 
+    def _why_not(self) -> str:
+        """Why there is no engine; while a first one starts, how far it has come."""
+        if self._reason == "starting":
+            return str(getattr(self._newest, "progress", self._reason))
+        return self._reason
+
     def _unavailable(self) -> ExpertUnavailable:
-        return ExpertUnavailable(f"expert {self._name!r} is not ready: {self._reason}")
+        return ExpertUnavailable(f"expert {self._name!r} is not ready: {self._why_not()}")
 
 
 class _Density:
@@ -250,16 +276,16 @@ def _build(name: str, config: ExpertConfig) -> Engine:
 
 def _facts(engine: Engine, config: ExpertConfig) -> dict[str, Any]:
     """Parameter count, context length and fingerprint of a local model, from its files and engine."""
-    if not isinstance(config, TransformersExpert):
+    if not isinstance(config, LocalExpert):
         return {}
     from signalbox.experts.models import fingerprint, resolve
 
-    model = resolve(config.model)
+    model = resolve(config.model, weights=config.has_weights)
     longest = getattr(engine, "longest", None)  # the model's context, or less where the cache's memory is less
     return {
         "parameters": model.parameters,
         "context_length": int(longest or model.context_length),
-        "fingerprint": fingerprint(config.model),
+        "fingerprint": fingerprint(config.model, weights=config.has_weights),
     }
 
 
@@ -346,7 +372,7 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
     places = config.max_running + config.max_waiting
     deployment = serve.deployment(
         name=f"expert-{name}",
-        num_replicas=config.replicas if isinstance(config, TransformersExpert) else 1,
+        num_replicas=config.replicas if isinstance(config, LocalExpert) else 1,
         ray_actor_options={"num_cpus": 0.01} | ({"num_gpus": gpus} if gpus else {}),
         # The engine bounds its queue and answers 429 itself; Serve's bounds lie beyond, in case it cannot.
         max_ongoing_requests=2 * places + 64,

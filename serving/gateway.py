@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from signalbox import __version__
 from signalbox.experts.base import ExpertError, InvalidRequest
-from signalbox.experts.catalog import TransformersExpert
 from signalbox.serving import live_state
 from signalbox.serving.config import Config
 from signalbox.serving.dispatch import AUTO, Dispatcher, Plan, Run
@@ -29,6 +28,7 @@ from signalbox.serving.learner import Learner
 from signalbox.serving.live_router import ArtifactWatch
 from signalbox.serving.live_state import LiveState
 from signalbox.serving.outcomes import MAX_BODY_BYTES, Outcomes, parse_feedback
+from signalbox.serving.placement import gpu_shares, gpus_here
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
 from signalbox.serving.routing import routing_of
@@ -449,16 +449,14 @@ def _leave_request_ids_to_us() -> None:
 def build_app(config: Config, store_url: str) -> Application:
     """The whole Serve application: the gateway as ingress, one deployment an expert.
 
-    Raises `ValueError` where the configuration wants an API key and the environment has none.
+    Raises `ValueError` where the configuration wants an API key and the environment has none, `PlacementError`
+    where the experts do not fit the GPUs.
     """
     from ray import serve
 
     _key_digest(config)
-    gpus = _gpu_shares(config)
-    experts = {
-        name: deploy(name, expert, store_url, gpus=gpus if _wants_gpu(expert) else 0.0)
-        for name, expert in config.experts.items()
-    }
+    gpus = gpu_shares(config.experts, gpus_here())
+    experts = {name: deploy(name, expert, store_url, gpus=gpus[name]) for name, expert in config.experts.items()}
     gateway = serve.deployment(
         name="gateway",
         num_replicas=config.server.gateways,
@@ -468,19 +466,3 @@ def build_app(config: Config, store_url: str) -> Application:
         graceful_shutdown_timeout_s=10.0,
     )
     return gateway(serve.ingress()(Gateway)).bind(config, store_url, experts)
-
-
-def _wants_gpu(expert: Any) -> bool:
-    return isinstance(expert, TransformersExpert) and expert.device != "cpu"
-
-
-def _gpu_shares(config: Config) -> float:
-    """The share of a GPU for each replica that may use one: Ray hides GPUs from replicas that ask for none."""
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-    replicas = sum(e.replicas for e in config.experts.values() if isinstance(e, TransformersExpert) and _wants_gpu(e))
-    if not gpus or not replicas:
-        return 0.0
-    share = min(1.0, gpus / replicas)
-    return share if share == 1.0 else int(share * 1000) / 1000

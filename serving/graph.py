@@ -25,10 +25,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.spinner import Spinner
 
-from signalbox.experts.catalog import TransformersExpert
+from signalbox.experts.catalog import LocalExpert
 from signalbox.serving import local_ray, logs
 from signalbox.serving.config import Config
 from signalbox.serving.embedded_valkey import EmbeddedValkey, ValkeyError
+from signalbox.serving.placement import PlacementError
 from signalbox.serving.store import redact
 from signalbox.serving.supervisor import Stop, run_supervised, stop_on_signals
 
@@ -173,7 +174,10 @@ class _Service:
         os.environ[logs.SOCKET_ENV] = str(receiver.path)
         self._start_ray(stack)
         with self._terminal.step("graph", "starting gateway and experts") as step:
-            application = self._build_app(self._config, store_url)
+            try:
+                application = self._build_app(self._config, store_url)
+            except PlacementError as error:
+                raise StartError(str(error)) from None
             self._ray.serve(application, self._config.server.port)
             gateways, experts = self._config.server.gateways, len(self._config.experts)
             step.detail = f"{gateways} gateway{'s' * (gateways > 1)}, {experts} expert{'s' * (experts > 1)}"
@@ -185,7 +189,7 @@ class _Service:
     def _prepare_models(self) -> None:
         """Resolve every local model, in a process of its own: converting one takes memory for good."""
         experts = self._config.experts
-        references = {name: e.model for name, e in experts.items() if isinstance(e, TransformersExpert)}
+        references = {name: (e.model, e.has_weights) for name, e in experts.items() if isinstance(e, LocalExpert)}
         if not references:
             return
         started = time.monotonic()
@@ -241,10 +245,11 @@ class _Service:
                     reply = client.get(f"{self._url}/readyz")
                     said = _readiness(reply.json())
                     states = ", ".join(f"{name} {state}" for name, state in said.items())
-                    if reply.status_code == 200 and "starting" not in said.values():
+                    starting = any(state.startswith("starting") for state in said.values())
+                    if reply.status_code == 200 and not starting:
                         return states
                     show(states)
-                    hopeful = not said or {"ready", "starting"} & set(said.values())
+                    hopeful = not said or starting or "ready" in said.values()
                     hopeless_since = None if hopeful else hopeless_since or time.monotonic()
                 if hopeless_since and time.monotonic() - hopeless_since > _FAILED_WAIT_S:
                     raise StartError(f"no expert can be used: {states}")
@@ -290,8 +295,11 @@ def _readiness(body: Any) -> dict[str, str]:
     }
 
 
-def resolve_models(references: dict[str, str], console: Console) -> int:
-    """Make every model loadable, with a progress bar where there is something to convert; 0, or 1 with a message."""
+def resolve_models(references: dict[str, tuple[str, bool]], console: Console) -> int:
+    """Make every model loadable, with a progress bar where there is something to convert; 0, or 1 with a message.
+
+    `references` maps each expert to its model's reference and whether its weights are wanted.
+    """
     from signalbox.experts.models import ModelUnavailable, resolve
 
     columns = (
@@ -301,7 +309,7 @@ def resolve_models(references: dict[str, str], console: Console) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, reference in references.items():
+        for name, (reference, weights) in references.items():
             task, last = None, ""
 
             def show(stage: str, fraction: float, name: str = name) -> None:
@@ -314,7 +322,7 @@ def resolve_models(references: dict[str, str], console: Console) -> int:
                 last = stage
 
             try:
-                resolve(reference, progress=show)
+                resolve(reference, progress=show, weights=weights)
             except ModelUnavailable as error:
                 console.print(f"{name}: {error}", markup=False, style="red")
                 return 1

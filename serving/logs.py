@@ -41,20 +41,28 @@ def configure() -> None:
 
 
 class _SocketHandler(logging.Handler):
-    """One datagram a record, never blocking."""
+    """One datagram a record, never blocking.
+
+    A library that configures its logging by a dictionary, as vLLM does, has Python close every handler there is
+    (`logging.config`): this one opens its socket again.
+    """
 
     def __init__(self, address: str) -> None:
         super().__init__()
         self._address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        self._socket: socket.socket | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # the reader is slow or gone
+            if self._socket is None:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                self._socket.setblocking(False)
             self._socket.sendto(self.format(record).encode(errors="replace")[:_MAX_RECORD], self._address)
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         super().close()
 
 

@@ -37,8 +37,11 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path, kind: str = "llama", *, seed: int = 0, context: int = 512) -> Path:
-    """Write a tiny random model of a family (`llama`, `gemma3`: sliding window of 16) with its tokenizer."""
+def save_tiny(folder: Path, kind: str = "llama", *, seed: int = 0, context: int = 512, head_dim: int = 8) -> Path:
+    """Write a tiny random model of a family (`llama`, `gemma3`: sliding window of 16) with its tokenizer.
+
+    vLLM's attention on CPU takes a `head_dim` of 32 and more.
+    """
     common = {
         "vocab_size": 304,
         "hidden_size": 32,
@@ -46,7 +49,7 @@ def save_tiny(folder: Path, kind: str = "llama", *, seed: int = 0, context: int 
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": head_dim,
         "max_position_embeddings": context,
         "bos_token_id": 1,
         "eos_token_id": 0,

@@ -31,13 +31,13 @@ _KNOWN: dict[Kind, set[str]] = {
     "chat": _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
     "completion": _COMMON | {"prompt", "echo", "suffix", "best_of"},
 }
-# These change the answer, and no local engine can honour them: passed on to remote experts, refused by local ones.
+# These change the answer, and not every engine can honour them: refused for experts whose engine does not say it can.
 # From `min_p` on they are extensions of vLLM's.
-_REMOTE_ONLY = {"tools", "tool_choice", "functions", "function_call", "response_format", "audio", "modalities"}
-_REMOTE_ONLY |= {"prediction", "web_search_options", "min_p", "min_tokens", "repetition_penalty", "length_penalty"}
-_REMOTE_ONLY |= {"use_beam_search", "stop_token_ids", "bad_words", "prompt_logprobs", "guided_json", "guided_regex"}
-_REMOTE_ONLY |= {"guided_choice", "guided_grammar", "structured_outputs", "chat_template", "chat_template_kwargs"}
-_REMOTE_ONLY |= {"add_generation_prompt", "continue_final_message"}
+_DEMANDING = {"tools", "tool_choice", "functions", "function_call", "response_format", "audio", "modalities"}
+_DEMANDING |= {"prediction", "web_search_options", "min_p", "min_tokens", "repetition_penalty", "length_penalty"}
+_DEMANDING |= {"use_beam_search", "stop_token_ids", "bad_words", "prompt_logprobs", "guided_json", "guided_regex"}
+_DEMANDING |= {"guided_choice", "guided_grammar", "structured_outputs", "chat_template", "chat_template_kwargs"}
+_DEMANDING |= {"add_generation_prompt", "continue_final_message"}
 # Remote experts may make use of these; a local answer is the same without them.
 _HINTS = {"reasoning_effort", "verbosity", "parallel_tool_calls", "service_tier"}
 _IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "priority"}
@@ -49,7 +49,7 @@ class Call:
     """One checked request. Exactly one of `messages` and `prompts` is filled.
 
     `prompts` has several entries where `/v1/completions` was given a list; each yields `n` choices, in order.
-    `remote_only` names the fields that no local engine can honour; `extra` holds those and hints, for remote ones.
+    `demands` names the fields that not every engine can honour; `extra` holds those and hints.
     `options` is the body's `signalbox` object, unread.
     """
 
@@ -61,7 +61,7 @@ class Call:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     messages: list[dict[str, Any]] | None = None
     prompts: list[str | list[int]] = field(default_factory=list)
-    remote_only: list[str] = field(default_factory=list)
+    demands: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     options: Any = None
 
@@ -76,19 +76,24 @@ class Call:
             return sum(len(text_of(message).encode()) + 8 for message in self.messages)
         return max(len(p.encode()) if isinstance(p, str) else 4 * len(p) for p in self.prompts)
 
-    def requests(self, request_id: str, *, remote: bool) -> list[GenerateRequest]:
+    def unmet(self, understood: frozenset[str] | None) -> list[str]:
+        """The demands beyond the fields that an engine understands (None: it understands all)."""
+        return [] if understood is None else [name for name in self.demands if name not in understood]
+
+    def requests(self, request_id: str, *, understood: frozenset[str] | None) -> list[GenerateRequest]:
         """One `GenerateRequest` a choice, with ids `<request_id>-<index>`.
 
         Choices of one prompt that share a seed would be equal, so choice i of a prompt draws from seed + i.
-        Raises `Unsupported` where a field needs a remote expert and this one is local.
+        Raises `Unsupported` where the request demands what is not among the fields that the expert's engine
+        understands (`ExpertFacts.request_fields`; None: all).
         """
-        if self.remote_only and not remote:
+        if unmet := self.unmet(understood):
             raise Unsupported(
-                f"'{self.remote_only[0]}' is not supported by experts that run locally; "
+                f"'{unmet[0]}' is not supported by this expert, which runs locally; "
                 "leave it out, or ask for an expert with `engine: openai`",
-                param=self.remote_only[0],
+                param=unmet[0],
             )
-        extra = self.extra if remote else {}
+        extra = self.extra if understood is None else {k: v for k, v in self.extra.items() if k in understood}
         built: list[GenerateRequest] = []
         prompts: list[Any] = self.prompts or [None]
         for prompt in prompts:
@@ -148,7 +153,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def parse_chat(body: dict[str, Any], *, model: str | None = None) -> Call:
     """A body of `/v1/chat/completions`. `model` stands in where the body has none. Raises `InvalidRequest`."""
     call = _parse_common("chat", body, model)
-    call.messages = _messages(body.get("messages"), call.remote_only)
+    call.messages = _messages(body.get("messages"), call.demands)
     return call
 
 
@@ -172,7 +177,7 @@ def parse_completion(body: dict[str, Any], *, model: str | None = None) -> Call:
 def _parse_common(kind: Kind, body: dict[str, Any], model: str | None) -> Call:
     _check_names(kind, body)
     stream = boolean(body, "stream")
-    extra = {name: body[name] for name in body if name in _REMOTE_ONLY | _HINTS and not _inert(name, body[name])}
+    extra = {name: body[name] for name in body if name in _DEMANDING | _HINTS and not _inert(name, body[name])}
     return Call(
         kind=kind,
         model=_model(body.get("model", model)),
@@ -180,7 +185,7 @@ def _parse_common(kind: Kind, body: dict[str, Any], model: str | None) -> Call:
         include_usage=_include_usage(body, stream),
         n=integer(body, "n", 1, 8, 1),
         sampling=_sampling(kind, body),
-        remote_only=[name for name in extra if name in _REMOTE_ONLY],
+        demands=[name for name in extra if name in _DEMANDING],
         extra=extra,
         options=body.get("signalbox"),
     )
@@ -190,7 +195,7 @@ def _check_names(kind: Kind, body: dict[str, Any]) -> None:
     """Fields that we do not know are ignored, as clients send many; a misspelt known one is an error."""
     known = _KNOWN[kind]
     for name in body:
-        if name in known or name in _REMOTE_ONLY or name in _HINTS or name in _IGNORED:
+        if name in known or name in _DEMANDING or name in _HINTS or name in _IGNORED:
             continue
         near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.85)
         if near:
@@ -320,7 +325,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-def _messages(value: Any, remote_only: list[str]) -> list[dict[str, Any]]:
+def _messages(value: Any, demands: list[str]) -> list[dict[str, Any]]:
     """Checked copies of the messages; text parts become one string. What needs a remote expert is noted by its path."""
     if not isinstance(value, list) or not value:
         said = "is missing or empty" if value in (None, []) else f"must be a list, not {kind_of(value)}"
@@ -329,10 +334,10 @@ def _messages(value: Any, remote_only: list[str]) -> list[dict[str, Any]]:
         )
     if len(value) > MAX_MESSAGES:
         raise InvalidRequest(f"'messages' has {len(value)} entries; at most {MAX_MESSAGES}", param="messages")
-    return [_message(message, f"messages[{i}]", remote_only) for i, message in enumerate(value)]
+    return [_message(message, f"messages[{i}]", demands) for i, message in enumerate(value)]
 
 
-def _message(message: Any, path: str, remote_only: list[str]) -> dict[str, Any]:
+def _message(message: Any, path: str, demands: list[str]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(f"'{path}' must be an object, not {kind_of(message)}", param=path)
     role = message.get("role")
@@ -341,7 +346,7 @@ def _message(message: Any, path: str, remote_only: list[str]) -> dict[str, Any]:
             f"'{path}.role' must be system, developer, user, assistant or tool, not {shown(role)}",
             param=f"{path}.role",
         )
-    remote_only += [f"{path}.{name}" for name in ("tool_calls", "function_call", "audio") if message.get(name)]
+    demands += [f"{path}.{name}" for name in ("tool_calls", "function_call", "audio") if message.get(name)]
     content = message.get("content")
     if content is None and not (role == "assistant" and any(message.get(n) for n in ("tool_calls", "function_call"))):
         raise InvalidRequest(f"'{path}.content' is missing", param=f"{path}.content")
@@ -349,11 +354,11 @@ def _message(message: Any, path: str, remote_only: list[str]) -> dict[str, Any]:
     return {
         **message,
         "role": "system" if role == "developer" else role,
-        "content": _content(content, path, remote_only),
+        "content": _content(content, path, demands),
     }
 
 
-def _content(content: Any, path: str, remote_only: list[str]) -> Any:
+def _content(content: Any, path: str, demands: list[str]) -> Any:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -365,7 +370,7 @@ def _content(content: Any, path: str, remote_only: list[str]) -> Any:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise InvalidRequest(f"'{where}' must be an object with a 'type'", param=where)
         if part["type"] != "text":
-            remote_only.append(where)
+            demands.append(where)
         elif not isinstance(part.get("text"), str):
             raise InvalidRequest(f"'{where}.text' must be a string, not {kind_of(part.get('text'))}", param=where)
     if any(part["type"] != "text" for part in content):

@@ -1,10 +1,15 @@
-"""What every local engine must do. The transformers engine runs it here, on tiny models of two families."""
+"""What every local engine must do: on tiny models, by the transformers engine (two families) and by vLLM.
+
+vLLM's part runs where vLLM can be imported: `make test-vllm`. Tests with "transformers" in their name are of that
+engine alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +26,9 @@ from signalbox.experts.base import (
     SamplingParams,
     Unsupported,
 )
-from signalbox.experts.catalog import TransformersExpert
-from signalbox.experts.transformers_engine import TransformersEngine
+from signalbox.experts.catalog import TransformersExpert, VllmExpert
+from signalbox.experts.engines import build_engine
+from signalbox.experts.vllm_arguments import installed
 from tests.tiny_models import save_tiny
 
 PROMPTS = [
@@ -35,19 +41,49 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+VLLM = pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm")
+
+
+@pytest.fixture(
+    scope="module", params=["transformers-llama", "transformers-gemma3", pytest.param("vllm-llama", marks=VLLM)]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"), request.param)
+    engine, _, family = request.param.partition("-")
+    # The folder's name says which engine is to run the model.
+    return save_tiny(tmp_path_factory.mktemp(engine), family, head_dim=32 if engine == "vllm" else 8)
 
 
-def config_for(folder: Path, **changes: object) -> TransformersExpert:
-    settings = {"engine": "transformers", "model": str(folder), "dtype": "float32", "threads": 1, "max_running": 4}
-    return TransformersExpert(**(settings | changes))  # type: ignore[arg-type]
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def plain_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what only the transformers engine has."""
+    return save_tiny(tmp_path_factory.mktemp("transformers"), request.param)
+
+
+def of_vllm(folder: Path) -> bool:
+    return folder.name.startswith("vllm")
+
+
+def make(name: str, folder: Path, **changes: object) -> Any:
+    """An engine for the model in a folder, not started."""
+    settings: dict[str, object] = {"model": str(folder), "dtype": "float32", "max_running": 4}
+    if of_vllm(folder):
+        settings |= {"engine": "vllm", "gpus": 0, "enforce_eager": True}
+        return build_engine(name, VllmExpert.model_validate(settings | changes))
+    settings |= {"engine": "transformers", "threads": 1}
+    return build_engine(name, TransformersExpert.model_validate(settings | changes))
 
 
 @pytest.fixture(scope="module")
-async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
-    engine = TransformersEngine("tiny", config_for(folder))
+async def engine(folder: Path) -> AsyncIterator[Any]:
+    engine = make("tiny", folder)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest.fixture(scope="module")
+async def plain_engine(plain_folder: Path) -> AsyncIterator[Any]:
+    engine = make("tiny", plain_folder)
     await engine.start()
     yield engine
     await engine.close()
@@ -58,11 +94,11 @@ def ask(prompt: str = "the fox", request_id: str = "r", **sampling: object) -> G
     return GenerateRequest(request_id, prompt=prompt, sampling=SamplingParams(**settings))  # type: ignore[arg-type]
 
 
-async def collect(engine: TransformersEngine, request: GenerateRequest) -> list[Chunk]:
+async def collect(engine: Any, request: GenerateRequest) -> list[Chunk]:
     return [chunk async for chunk in engine.generate(request)]
 
 
-async def text_of(engine: TransformersEngine, request: GenerateRequest) -> str:
+async def text_of(engine: Any, request: GenerateRequest) -> str:
     return "".join(chunk.text for chunk in await collect(engine, request))
 
 
@@ -70,7 +106,7 @@ def tokens_of(chunks: list[Chunk]) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
-async def idle(engine: TransformersEngine) -> None:
+async def idle(engine: Any) -> None:
     for _ in range(200):
         state = engine.state()
         if not state.running and not state.waiting:
@@ -88,7 +124,7 @@ def reference_tokens(folder: Path, prompt: str, count: int) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
-async def test_batched_greedy_tokens_are_those_of_transformers_alone(folder: Path, engine: TransformersEngine) -> None:
+async def test_batched_greedy_tokens_are_those_of_transformers_alone(folder: Path, engine: Any) -> None:
     """Six requests over four rows, joining and leaving at different times, past the sliding window of 16."""
     requests = [ask(p, f"r{i}", max_tokens=20 + 5 * i, ignore_eos=True) for i, p in enumerate(PROMPTS)]
 
@@ -104,7 +140,10 @@ async def test_batched_greedy_tokens_are_those_of_transformers_alone(folder: Pat
 
 async def test_a_long_prompt_is_read_in_pieces_with_the_same_result(folder: Path) -> None:
     prompt = " ".join(PROMPTS[2:6]) * 2
-    engine = TransformersEngine("pieces", config_for(folder, prefill_tokens=16))
+    pieces: dict[str, object] = {"prefill_tokens": 16}
+    if of_vllm(folder):
+        pieces = {"engine_args": {"max_num_batched_tokens": 16}}
+    engine = make("pieces", folder, **pieces)
     await engine.start()
     try:
         answers = await asyncio.gather(
@@ -116,16 +155,18 @@ async def test_a_long_prompt_is_read_in_pieces_with_the_same_result(folder: Path
         await engine.close()
 
 
-async def test_streams_a_chunk_a_token_and_ends_with_usage(engine: TransformersEngine) -> None:
+async def test_streams_tokens_as_they_come_and_ends_with_usage(folder: Path, engine: Any) -> None:
     chunks = await collect(engine, ask(max_tokens=9, ignore_eos=True))
-    assert len(chunks) == 9 and all(len(c.token_ids) == 1 for c in chunks)
-    assert [c.finish_reason for c in chunks] == [None] * 8 + ["length"]
+    assert len(tokens_of(chunks)) == 9 and len(chunks) > 2 and all(c.token_ids for c in chunks)
+    if not of_vllm(folder):  # vLLM may hand over several tokens at once
+        assert all(len(c.token_ids) == 1 for c in chunks)
+    assert [c.finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
     usage = chunks[-1].usage
     assert usage is not None and usage.completion_tokens == 9 and usage.prompt_tokens > 0
     assert all(c.usage is None for c in chunks[:-1])
 
 
-async def test_messages_go_through_the_chat_template(folder: Path, engine: TransformersEngine) -> None:
+async def test_messages_go_through_the_chat_template(folder: Path, engine: Any) -> None:
     messages = [{"role": "user", "content": "the fox"}]
     chat = GenerateRequest("c", messages=messages, sampling=SamplingParams(temperature=0, max_tokens=8))
     plain = ask("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n", max_tokens=8)
@@ -135,7 +176,7 @@ async def test_messages_go_through_the_chat_template(folder: Path, engine: Trans
 async def test_a_template_that_ends_in_a_word_costs_the_answer_no_space(folder: Path) -> None:
     """After `Answer:` a model writes ` 42`; the client gets `42`, and scoring takes the space for granted."""
     template = "{% for m in messages %}Question: {{ m.content }}\n{% endfor %}Answer:"
-    engine = TransformersEngine("words", config_for(folder, chat_template=template))
+    engine = make("words", folder, chat_template=template)
     await engine.start()
     try:
         messages = [{"role": "user", "content": "the fox"}]
@@ -149,7 +190,7 @@ async def test_a_template_that_ends_in_a_word_costs_the_answer_no_space(folder: 
         await engine.close()
 
 
-async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: TransformersEngine) -> None:
+async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: Any) -> None:
     def sampled(seed: int) -> GenerateRequest:
         return ask("one two", temperature=1.0, top_p=0.95, seed=seed, max_tokens=16, ignore_eos=True)
 
@@ -159,7 +200,7 @@ async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: TransformersE
     assert len({tuple(tokens_of(chunks)) for chunks in beside}) == 3
 
 
-async def test_a_stop_string_ends_the_text_before_it(engine: TransformersEngine) -> None:
+async def test_a_stop_string_ends_the_text_before_it(engine: Any) -> None:
     whole = await text_of(engine, ask(max_tokens=30, ignore_eos=True))
     stop = whole[10:13]
     at = whole.find(stop)
@@ -168,21 +209,22 @@ async def test_a_stop_string_ends_the_text_before_it(engine: TransformersEngine)
     assert chunks[-1].finish_reason == "stop"
 
 
-async def test_logprobs_are_those_of_the_model(folder: Path, engine: TransformersEngine) -> None:
+async def test_logprobs_are_those_of_the_model(folder: Path, engine: Any) -> None:
     chunks = await collect(engine, ask("one two", max_tokens=4, ignore_eos=True, logprobs=3))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer("one two")["input_ids"]
-    for chunk in chunks:
+    logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
+    for token, logprob in zip(tokens_of(chunks), logprobs, strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        (logprob,) = chunk.logprobs
         assert logprob.logprob == pytest.approx(float(expected.max()), abs=1e-4)
         assert [t[1] for t in logprob.top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
-        ids.append(chunk.token_ids[0])
+        assert logprob.token == tokenizer.decode([token]) and logprob.raw == logprob.token.encode()
+        ids.append(token)
 
 
-async def test_score_is_the_likelihood_of_the_reference(folder: Path, engine: TransformersEngine) -> None:
+async def test_score_is_the_likelihood_of_the_reference(folder: Path, engine: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     references = ["and the fox", "three", "☃"]
@@ -197,7 +239,7 @@ async def test_score_is_the_likelihood_of_the_reference(folder: Path, engine: Tr
         assert score.bits_per_byte == pytest.approx(score.nll_bits / len(reference.encode()))
 
 
-async def test_closing_the_stream_frees_the_row_at_once(engine: TransformersEngine) -> None:
+async def test_closing_the_stream_frees_the_row_at_once(engine: Any) -> None:
     streams = [engine.generate(ask(max_tokens=400, ignore_eos=True)) for _ in range(4)]
     for stream in streams:
         await anext(stream)
@@ -208,13 +250,13 @@ async def test_closing_the_stream_frees_the_row_at_once(engine: TransformersEngi
             break
         await asyncio.sleep(0.005)
     assert engine.state().running == 3
-    assert len(await collect(engine, ask(max_tokens=5, ignore_eos=True))) == 5
+    assert len(tokens_of(await collect(engine, ask(max_tokens=5, ignore_eos=True)))) == 5
     for stream in streams:
         await stream.aclose()
     await idle(engine)
 
 
-async def test_a_cancelled_task_frees_its_row(engine: TransformersEngine) -> None:
+async def test_a_cancelled_task_frees_its_row(engine: Any) -> None:
     task = asyncio.create_task(collect(engine, ask(max_tokens=400, ignore_eos=True)))
     while not engine.state().running:
         await asyncio.sleep(0.005)
@@ -225,21 +267,21 @@ async def test_a_cancelled_task_frees_its_row(engine: TransformersEngine) -> Non
 
 
 async def test_queue_is_bounded(folder: Path) -> None:
-    engine = TransformersEngine("narrow", config_for(folder, max_running=1, max_waiting=2))
+    engine = make("narrow", folder, max_running=1, max_waiting=2)
     await engine.start()
     try:
         tasks = [asyncio.create_task(collect(engine, ask(max_tokens=100, ignore_eos=True))) for _ in range(3)]
         await asyncio.sleep(0.02)
         with pytest.raises(QueueFull, match="full"):
             await collect(engine, ask())
-        assert all(len(chunks) == 100 for chunks in await asyncio.gather(*tasks))
+        assert all(len(tokens_of(chunks)) == 100 for chunks in await asyncio.gather(*tasks))
         assert await collect(engine, ask())
     finally:
         await engine.close()
 
 
-async def test_memory_budget_bounds_the_cache(folder: Path) -> None:
-    engine = TransformersEngine("small", config_for(folder, kv_cache_mib=1, max_running=64))
+async def test_memory_budget_bounds_the_cache_of_transformers(plain_folder: Path) -> None:
+    engine = make("small", plain_folder, kv_cache_mib=1, max_running=64)
     await engine.start()
     try:
         cache = engine.runner.cache
@@ -265,7 +307,7 @@ async def test_memory_budget_bounds_the_cache(folder: Path) -> None:
     ],
 )
 async def test_bad_requests_are_refused_with_a_reason(
-    engine: TransformersEngine, request_: GenerateRequest, error: type[ExpertError], message: str
+    engine: Any, request_: GenerateRequest, error: type[ExpertError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
         await collect(engine, request_)
@@ -273,8 +315,9 @@ async def test_bad_requests_are_refused_with_a_reason(
     assert await text_of(engine, ask()) == await text_of(engine, ask())
 
 
-async def test_a_fault_costs_one_request(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_in_transformers_costs_one_request(plain_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An injected fault: the model fails whenever a certain token is in the batch."""
+    engine = plain_engine
     prompts = ["the fox", "one two three", "POISON ☃", "a signal box"]
     requests = [ask(p, max_tokens=10, ignore_eos=True) for p in prompts]
     expected = [tokens_of(await collect(engine, r)) for r in requests]
@@ -297,7 +340,7 @@ async def test_a_fault_costs_one_request(engine: TransformersEngine, monkeypatch
 
 
 async def test_closed_engine_says_so(folder: Path) -> None:
-    engine = TransformersEngine("gone", config_for(folder))
+    engine = make("gone", folder)
     with pytest.raises(ExpertUnavailable, match="not running"):
         await collect(engine, ask())
     await engine.start()
@@ -309,7 +352,9 @@ async def test_closed_engine_says_so(folder: Path) -> None:
             pass
 
 
-async def test_a_model_that_cannot_load_is_a_readable_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ExpertUnavailable):
-        await TransformersEngine("broken", config_for(tmp_path)).start()
+async def test_a_model_that_cannot_load_is_a_readable_error(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / folder.name
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(ExpertUnavailable, match="safetensors"):
+        await make("broken", broken).start()

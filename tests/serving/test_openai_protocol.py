@@ -222,7 +222,7 @@ def test_any_json_is_either_served_or_refused_in_words(body: dict[str, Any]) -> 
         try:
             call = parse({"model": "auto"} | base | body)
             parse_options(call.options)
-            call.requests("r", remote=True)
+            call.requests("r", understood=None)
             call.prompt_bytes()
             orjson.dumps(call.identity())
             take_flags(call)
@@ -271,9 +271,9 @@ def test_roles_and_parts() -> None:
 def test_what_only_remote_experts_can_do(fields: dict[str, Any], param: str) -> None:
     call = chat(**fields)
     with pytest.raises(Unsupported) as caught:
-        call.requests("r", remote=False)
+        call.requests("r", understood=frozenset())
     assert caught.value.param == param and f"'{param}'" in caught.value.message
-    [request] = call.requests("r", remote=True)
+    [request] = call.requests("r", understood=None)
     for name, value in fields.items():
         assert request.extra.get(name) == value or name == "messages"
 
@@ -293,23 +293,26 @@ def test_harmless_fields_are_ignored() -> None:
         "top_a": 0.5,
         "something_new": [1],
     }
-    [request] = chat(**fields).requests("r", remote=False)
+    [request] = chat(**fields).requests("r", understood=frozenset())
     assert request.extra == {}
 
 
 def test_choices_of_one_prompt_draw_from_different_seeds() -> None:
     call = completion(prompt=["a", "b"], n=3, seed=2**63 - 1)
-    requests = call.requests("r", remote=False)
+    requests = call.requests("r", understood=frozenset())
     assert [r.request_id for r in requests] == [f"r-{i}" for i in range(6)]
     assert [r.prompt for r in requests] == ["a"] * 3 + ["b"] * 3
     assert [r.sampling.seed for r in requests] == [2**63 - 1, 0, 1] * 2
-    assert {r.sampling.seed for r in completion(n=3).requests("r", remote=False)} == {None}
+    assert {r.sampling.seed for r in completion(n=3).requests("r", understood=frozenset())} == {None}
 
 
 def test_token_ids() -> None:
-    [request] = completion(prompt=[1, 2, 3]).requests("r", remote=False)
+    [request] = completion(prompt=[1, 2, 3]).requests("r", understood=frozenset())
     assert request.prompt_token_ids == [1, 2, 3] and request.prompt is None
-    assert [r.prompt_token_ids for r in completion(prompt=[[1], [2, 3]]).requests("r", remote=False)] == [[1], [2, 3]]
+    assert [r.prompt_token_ids for r in completion(prompt=[[1], [2, 3]]).requests("r", understood=frozenset())] == [
+        [1],
+        [2, 3],
+    ]
 
 
 def test_identity_tells_apart_what_changes_the_answer_and_nothing_else() -> None:
