@@ -480,11 +480,15 @@ def _brute_force_difference(seed: int) -> float:
 def end_to_end() -> list[Row]:
     """`router train` and `router eval` as a user runs them, on 10,000 rows of 29 experts and 2,000 others."""
     known = read_table(DATA / "mmlu_pro.parquet")
-    extra = known.rows(np.arange(10_000 - len(known)))
-    rows = known.rows(np.r_[np.arange(len(known)), np.arange(len(extra))])
-    ids = [*known.prompt_id, *(f"{i} again" for i in extra.prompt_id)]
-    texts = [*known.prompt, *(f"{p}\n\nAnswer with the letter." for p in extra.prompt)]
-    rows = replace(rows, prompt_id=ids, prompt=texts)
+    again = np.arange(10_000 - len(known))  # the first rows once more, as other prompts
+    rows = replace(
+        known,
+        prompt_id=[*known.prompt_id, *(f"{known.prompt_id[i]} again" for i in again)],
+        prompt=[*known.prompt, *(f"{known.prompt[i]}\n\nAnswer with the letter." for i in again)],
+        source=[*known.source, *(known.source[i] for i in again)],
+        task=[*known.task, *(known.task[i] for i in again)],
+        measures={kind: np.concatenate([values, values[again]]) for kind, values in known.measures.items()},
+    )
     fresh = known.rows(np.arange(2000))
     fresh = replace(fresh, prompt=[f"Think first.\n{p}" for p in fresh.prompt])
     folder = CACHE / "endtoend"
