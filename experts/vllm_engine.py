@@ -40,7 +40,7 @@ from signalbox.experts.models import resolve
 from signalbox.experts.prompts import PromptEncoder, check_length, check_logit_bias, tokenise, tokenise_reference
 from signalbox.experts.speed import Speed
 from signalbox.experts.vllm_arguments import installed
-from signalbox.experts.vllm_process import ADDRESS_ENV, Reports
+from signalbox.experts.vllm_process import Reports
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class VllmEngine:
         with _starting:
             vllm_versions.prepare_environment()
             self._reports = Reports(self.name, self._on_report)
-            os.environ[ADDRESS_ENV] = self._reports.address
+            os.environ.update(self._reports.environment)
             before = set(multiprocessing.active_children())
             try:
                 with vllm_versions.compilation(not self.config.enforce_eager):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from signalbox.experts.base import ExpertUnavailable, GenerateRequest, InvalidRe
 from signalbox.experts.catalog import TransformersExpert, VllmExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import argument_problems, engine_argument_names, installed
+from signalbox.experts.vllm_process import FOLDER_ENV, Reports
 from tests.tiny_models import save_tiny
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -155,6 +158,54 @@ async def test_every_socket_is_on_loopback(engine: Any) -> None:
         if connection.status == psutil.CONN_LISTEN
     ]
     assert own_processes() and all(ip.startswith("127.") or ip == "::1" for ip in listening), listening
+
+
+RANK = """
+import datetime
+import psutil
+import signalbox.experts.vllm_process  # at unpickling, as vLLM 0.25 and 0.27 do with their loggers
+import torch.distributed
+from torch.distributed.rendezvous import rendezvous
+
+def run(rank, port, found):
+    soon = {"timeout": datetime.timedelta(seconds=30)}
+    init_method = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group(backend="gloo", init_method=init_method, world_size=2, rank=rank, **soon)
+    torch.distributed.barrier()
+    store, _, _ = next(rendezvous(f"tcp://127.0.0.1:{port + 1}", rank, 2, **soon))
+    store.set(f"rank {rank}", "here")
+    store.wait(["rank 0", "rank 1"])
+    connections = psutil.Process().net_connections("tcp")
+    found.put([c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN])
+    torch.distributed.barrier()
+"""
+
+
+def test_groups_that_would_meet_at_a_tcp_store_meet_at_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the older versions start their processes, whichever is installed."""
+    (tmp_path / "rank_of_a_group.py").write_text(RANK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    run = importlib.import_module("rank_of_a_group").run
+    reports = Reports("ranks", lambda level, text: None)
+    try:
+        for key, value in reports.environment.items():
+            monkeypatch.setenv(key, value)
+        context = multiprocessing.get_context("spawn")
+        found = context.Queue()
+        ranks = [context.Process(target=run, args=(rank, 29500, found)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        listening = [found.get(timeout=60) for _ in ranks]
+        own = Path(reports.environment[FOLDER_ENV])
+        assert own.stat().st_mode & 0o077 == 0
+        for rank in ranks:
+            rank.join(timeout=30)
+    finally:
+        reports.close()
+    assert not own.exists()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert {ip for each in listening for ip in each} == {"127.0.0.1"}
 
 
 async def test_a_killed_core_is_noticed_and_a_new_engine_starts(folder: Path) -> None:
