@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from signalbox.router.kinds import KINDS
 from signalbox.serving.cli_common import (
     ENCODER,
     Budget,
@@ -41,6 +40,12 @@ if TYPE_CHECKING:
     from signalbox.router.collect import Collected
     from signalbox.router.judge import Evaluation
     from signalbox.router.texts import Text
+
+# As `router.kinds`, whose package imports NumPy; a test holds them together.
+TRAINABLE = (
+    "best (cross-validates them all), tryage, linear, knn, composition, glider, irt, skills, lexical, stacked, cascade, "
+    "single"
+)
 
 router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
 router_app.command("compare")(compare_command)
@@ -130,9 +135,7 @@ def _fingerprint(expert: ExpertConfig) -> str:
 def train_command(
     table: Annotated[Path, typer.Option(help="table of scores or losses")],
     out: Annotated[Path, typer.Option(help="folder of the trained router")],
-    kind: Annotated[
-        str, typer.Option(help=f"which router to train: best (cross-validates them all), {', '.join(KINDS)}")
-    ] = "tryage",
+    kind: Annotated[str, typer.Option(help=f"which router to train: {TRAINABLE}")] = "tryage",
     pool: Pool = "all",
     objective: Annotated[str, typer.Option(help="for `best`, what decides: quality, aiq or apgr")] = "quality",
     pair: Annotated[str | None, typer.Option(metavar="WEAK:STRONG", help="two experts, for APGR and CPT")] = None,

@@ -13,7 +13,9 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
+from signalbox.router.kinds import KINDS
 from signalbox.router.table import read_table, write_table
+from signalbox.serving import cli_router
 from signalbox.serving.cli_router import router_app
 from tests.router.conftest import EXPERTS, planted
 from tests.tiny_models import save_tiny
@@ -186,3 +188,8 @@ def test_collect_checks_before_it_loads(pool: Path, tmp_path: Path) -> None:
         router_app, ["collect", "--config", str(pool), "--out", str(tmp_path / "t.csv"), "--texts", "x.csv"]
     )
     assert result.exit_code == 2 and "storre" in words(result.output)
+
+
+def test_the_help_names_every_kind() -> None:
+    named = {word.strip(",") for word in cli_router.TRAINABLE.split()} - {"(cross-validates", "them", "all)"}
+    assert named == {"best", *KINDS}
