@@ -50,7 +50,7 @@ _SHORTEST_PAUSE = 0.002  # seconds between two messages of a stream; not worth a
 _MILESTONES = [
     (re.compile(r"Starting to load model|Loading model"), "loading the weights"),
     (re.compile(r"(?:Loading weights|Model loading) took (.+)"), "weights loaded: {}"),
-    (re.compile(r"torch\.compile|Dynamo bytecode|[Cc]ompiling"), "compiling"),
+    (re.compile(r"Dynamo bytecode transform|Compiling a graph|torch\.compile took"), "compiling"),
     (re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+ tokens)"), "KV cache of {}"),
     (re.compile(r"[Cc]aptur\w* (?:CUDA|cudagraph)"), "capturing CUDA graphs"),
     (re.compile(r"Graph capturing finished in (.+?),"), "CUDA graphs captured in {}"),
