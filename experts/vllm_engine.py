@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -70,6 +71,12 @@ class _Request:
     last_token_at: float | None = None
     generated: int = 0
     cached: int = 0
+
+    def left_s(self, limit: int) -> float:
+        """Seconds until `limit` tokens are there, at its pace so far: its end is not to be slept through."""
+        if self.first_token_at is None or self.last_token_at is None or self.generated < 2:
+            return math.inf
+        return (limit - self.generated) * (self.last_token_at - self.first_token_at) / (self.generated - 1)
 
 
 class VllmEngine:
@@ -144,7 +151,7 @@ class VllmEngine:
                     if chunk.token_ids:
                         yield chunk
                     # Tokens that come meanwhile are gathered by vLLM: under load one message carries several.
-                    pause = len(self._open) / config.max_messages_per_s
+                    pause = min(len(self._open) / config.max_messages_per_s, known.left_s(limit))
                     if pause > _SHORTEST_PAUSE:
                         await asyncio.sleep(pause)
         raise ExpertUnavailable(f"expert {self.name!r} ended its answer too early")
