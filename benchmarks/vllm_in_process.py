@@ -18,7 +18,7 @@ from signalbox.experts import vllm_versions
 from signalbox.experts.base import SamplingParams
 
 VOCABULARY = 250  # prompts are of the byte tokens, as over HTTP
-TEMPLATE_TOKENS = 22  # that the shapes' chat template adds
+TEMPLATE_TOKENS = 18  # that the shapes' chat template adds
 
 
 async def run(core: vllm_versions.Core, streams: int, job: dict[str, Any], seed: int) -> list[Result]:
