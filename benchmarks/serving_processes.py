@@ -105,12 +105,15 @@ def vllm_server(arguments: dict[str, Any], log: Path) -> Iterator[int]:
 
 
 def chat(model: str, prompt: str, tokens: int) -> dict[str, Any]:
-    """A streaming chat request for exactly `tokens` tokens."""
+    """A streaming chat request for exactly `tokens` tokens.
+
+    Sampled: greedily, random weights may repeat one token for ever, a lone byte that has no text; and no cache answers.
+    """
     return {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": tokens,
-        "temperature": 0.0,
+        "temperature": 1.0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -193,11 +193,11 @@ def main(
                 print(f"  ready after {time.monotonic() - began:.0f} s", flush=True)
                 found[system] = asyncio.run(over_http(port, "auto", levels, rounds, **said))
         print(f"  done after {time.monotonic() - began:.0f} s", flush=True)
-    rows = rows_of(shape, found)
-    print_table(rows, f"{shape}: RANDOM WEIGHTS, {prompt} prompt tokens, {tokens} answer tokens")
-    if not dry:
-        options = f"--shape {shape} --streams {streams} --prompt {prompt} --tokens {tokens} --gateways {gateways}"
-        print(write_results(f"vllm_{shape}", f"python -m benchmarks.vllm {options}", rows, out))
+        if not dry:  # after each, in case that the machine's time ends
+            options = f"--shape {shape} --streams {streams} --prompt {prompt} --tokens {tokens} --rounds {rounds}"
+            options += f" --memory {memory:g} --gateways {gateways} --messages {messages:g}" + " --eager" * eager
+            write_results(f"vllm_{shape}", f"python -m benchmarks.vllm {options}", rows_of(shape, found), out)
+    print_table(rows_of(shape, found), f"{shape}: RANDOM WEIGHTS, {prompt} prompt tokens, {tokens} answer tokens")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from signalbox.experts import vllm_versions
 from signalbox.experts.base import SamplingParams
 
 VOCABULARY = 250  # prompts are of the byte tokens, as over HTTP
-TEMPLATE_TOKENS = 22  # that the shapes' chat template adds
+TEMPLATE_TOKENS = 18  # that the shapes' chat template adds
 
 
 async def run(core: vllm_versions.Core, streams: int, job: dict[str, Any], seed: int) -> list[Result]:
@@ -27,7 +27,7 @@ async def run(core: vllm_versions.Core, streams: int, job: dict[str, Any], seed:
     size = job["prompt"] + TEMPLATE_TOKENS
     prompts = [[rng.randrange(VOCABULARY) for _ in range(size)] for _ in range(requests_of(streams, job["dry"]))]
     params = vllm_versions.sampling_params(
-        SamplingParams(temperature=0.0, ignore_eos=True), max_tokens=job["tokens"], stop=(), extra={}
+        SamplingParams(temperature=1.0, ignore_eos=True), max_tokens=job["tokens"], stop=(), extra={}
     )
     results: list[Result] = []
 

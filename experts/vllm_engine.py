@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import re
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from signalbox.experts import vllm_versions
 from signalbox.experts.base import (
@@ -36,6 +34,7 @@ from signalbox.experts.base import (
     Usage,
 )
 from signalbox.experts.catalog import VllmExpert
+from signalbox.experts.child_processes import alone_on_gpus, kill, with_children
 from signalbox.experts.models import resolve
 from signalbox.experts.prompts import PromptEncoder, check_length, check_logit_bias, tokenise, tokenise_reference
 from signalbox.experts.speed import Speed
@@ -50,7 +49,7 @@ _SHORTEST_PAUSE = 0.002  # seconds between two messages of a stream; not worth a
 _MILESTONES = [
     (re.compile(r"Starting to load model|Loading model"), "loading the weights"),
     (re.compile(r"(?:Loading weights|Model loading) took (.+)"), "weights loaded: {}"),
-    (re.compile(r"torch\.compile|Dynamo bytecode|[Cc]ompiling"), "compiling"),
+    (re.compile(r"Dynamo bytecode transform|Compiling a graph|torch\.compile took"), "compiling"),
     (re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+ tokens)"), "KV cache of {}"),
     (re.compile(r"[Cc]aptur\w* (?:CUDA|cudagraph)"), "capturing CUDA graphs"),
     (re.compile(r"Graph capturing finished in (.+?),"), "CUDA graphs captured in {}"),
@@ -70,6 +69,12 @@ class _Request:
     last_token_at: float | None = None
     generated: int = 0
     cached: int = 0
+
+    def left_s(self, limit: int) -> float:
+        """Seconds until `limit` tokens are there, at its pace so far: its end is not to be slept through."""
+        if self.first_token_at is None or self.last_token_at is None or self.generated < 2:
+            return math.inf
+        return (limit - self.generated) * (self.last_token_at - self.first_token_at) / (self.generated - 1)
 
 
 class VllmEngine:
@@ -102,7 +107,7 @@ class VllmEngine:
             )
         try:
             path = (await asyncio.to_thread(resolve, self.config.model, weights=self.config.has_weights)).path
-            async with _alone_on_gpus(lambda gpu: self._say(f"waiting for the engine that starts on GPU {gpu}")):
+            async with alone_on_gpus(lambda gpu: self._say(f"waiting for the engine that starts on GPU {gpu}")):
                 self._say("starting vLLM")
                 await asyncio.to_thread(self._load, path)
         except ExpertError:
@@ -144,7 +149,7 @@ class VllmEngine:
                     if chunk.token_ids:
                         yield chunk
                     # Tokens that come meanwhile are gathered by vLLM: under load one message carries several.
-                    pause = len(self._open) / config.max_messages_per_s
+                    pause = min(len(self._open) / config.max_messages_per_s, known.left_s(limit))
                     if pause > _SHORTEST_PAUSE:
                         await asyncio.sleep(pause)
         raise ExpertUnavailable(f"expert {self.name!r} ended its answer too early")
@@ -211,11 +216,11 @@ class VllmEngine:
             with contextlib.suppress(Exception):
                 await core.abort(list(self._open))
             if ailing:  # it would not listen
-                _kill(self._processes)
+                kill(self._processes)
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(CLOSE_S):
                     await asyncio.to_thread(core.shutdown)
-        await asyncio.to_thread(_kill, self._processes)
+        await asyncio.to_thread(kill, self._processes)
         if self._reports is not None:
             self._reports.close()
 
@@ -238,6 +243,8 @@ class VllmEngine:
                     self._core = vllm_versions.Core(self._arguments(path), self._on_stats)
             finally:
                 self._processes = [p for p in multiprocessing.active_children() if p not in before]
+                if self._closing:  # nobody waits for this start any more
+                    kill(self._processes)
         from transformers import AutoTokenizer
 
         self._encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), self.config.chat_template)
@@ -245,7 +252,8 @@ class VllmEngine:
         if total is not None:
             self._memory = int(total * self.config.memory_share) * self.config.parallel
         else:
-            self._memory = sum(psutil.Process(p.pid).memory_info().rss for p in self._processes)
+            own = with_children(self._processes)
+            self._memory = sum(process.memory_info().rss for process in own)
 
     def _arguments(self, path: Path) -> dict[str, Any]:
         config = self.config
@@ -351,38 +359,3 @@ class VllmEngine:
         if f"starting: {progress}" != self.progress:
             self.progress = f"starting: {progress}"
             log.info("expert %s: %s", self.name, progress)
-
-
-def _kill(processes: list[Any]) -> None:
-    """Kill these children and all below them, and wait until they are gone."""
-    victims: list[psutil.Process] = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            own = psutil.Process(process.pid)
-            victims += [own, *own.children(recursive=True)]
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
-    for process in processes:
-        process.join(timeout=5.0)
-
-
-@contextlib.asynccontextmanager
-async def _alone_on_gpus(on_wait: Callable[[str], None]) -> AsyncIterator[None]:
-    """Hold the right to start an engine on this process's GPUs; no matter on CPU.
-
-    vLLM sizes its KV cache by the memory that is free before and after a trial run: another engine that starts on
-    the same GPU meanwhile would spoil the sum. The locks (bound abstract Unix sockets) end with this process.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    async with contextlib.AsyncExitStack() as stack:
-        for gpu in sorted(gpu.strip() for gpu in visible.split(",") if gpu.strip()):
-            lock = stack.enter_context(socket.socket(socket.AF_UNIX))
-            while True:
-                try:
-                    lock.bind(f"\0signalbox-gpu-{gpu}")
-                    break
-                except OSError:
-                    on_wait(gpu)
-                    await asyncio.sleep(0.5)
-        yield

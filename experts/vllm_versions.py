@@ -73,10 +73,15 @@ class Core:
         Raises what vLLM raises: wrong arguments, a model that it cannot load, too little memory.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = {"disable_log_stats": True, "max_logprobs": MAX_LOGPROBS} | arguments
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[_stat_logger(on_stats)])
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**arguments),
+            usage_context=UsageContext.OPENAI_API_SERVER,  # vLLM's defaults for a server, e.g. of a step's tokens
+            stat_loggers=[_stat_logger(on_stats)],
+        )
         model = self._llm.vllm_config.model_config
         self.longest: int = model.max_model_len
         self.vocab_size: int = model.get_vocab_size()
@@ -109,19 +114,29 @@ def device_memory() -> int | None:
 
 
 def _stat_logger(on_stats: Callable[[int, int, float], None]) -> Any:
-    """The class of a stat logger: vLLM makes one for the engine and hands it each step's figures."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
+    """The class of a stat logger: vLLM makes one for the engine and hands it each step's figures.
 
-    class StatLogger(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+    It is a Prometheus logger by name, because vLLM adds one of its own where there is none: histograms of every token,
+    filled on the event loop, for an endpoint that nobody serves.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class StatLogger(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
             pass
 
-        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, *args: Any, **kwargs: Any) -> None:
             if scheduler_stats is not None:
                 waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
                 on_stats(scheduler_stats.num_running_reqs, waiting, scheduler_stats.kv_cache_usage)
 
         def log_engine_initialized(self) -> None:
+            pass
+
+        def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def record_admission_rejection(self, reason: str) -> None:
             pass
 
     return StatLogger

@@ -106,7 +106,8 @@ def test_one_expert_that_cannot_start_says_why_and_the_rest_serves(service: Runn
 def test_both_engines_give_the_same_greedy_answer(service: Running) -> None:
     answers = [service.chat(model=m, temperature=0, max_tokens=24).json() for m in ("good", "plain")]
     contents = [answer["choices"][0]["message"]["content"] for answer in answers]
-    assert contents[0] == contents[1] and answers[0]["usage"] == answers[1]["usage"]
+    # Of a character that the answer's end cuts in two, vLLM gives nothing.
+    assert contents[0] == contents[1].rstrip("\ufffd") and answers[0]["usage"] == answers[1]["usage"]
 
 
 def test_structured_outputs_are_for_engines_that_know_them(service: Running) -> None:
