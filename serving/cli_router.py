@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 # As `router.kinds`, whose package imports NumPy; a test holds them together.
 TRAINABLE = (
-    "best (cross-validates them all), tryage, linear, knn, composition, glider, irt, skills, lexical, stacked, cascade, "
-    "single"
+    "best (cross-validates them all), tryage, linear, knn, composition, glider, irt, skills, lexical, stacked, "
+    "cascade, single"
 )
 
 router_app = typer.Typer(name="router", help="Collect labels, train a router, evaluate it.", no_args_is_help=True)
