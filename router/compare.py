@@ -16,7 +16,7 @@ from signalbox.router.base import Facts, Prediction, Prompt
 from signalbox.router.crossvalidate import FOLDS, CrossValidated, cross_validate, folds_of, lines_of_folds
 from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.evaluate import evaluate, figures_of, unseen
-from signalbox.router.judge import WIN, Evaluation, Lines, check_pair, judge
+from signalbox.router.judge import WIN, Evaluation, Lines, check_pair, judge, lines_of
 from signalbox.router.kinds import KINDS
 from signalbox.router.metrics import Vector, standard_error, taken
 from signalbox.router.table import Table, TableError
@@ -155,7 +155,7 @@ def _on_test(
         contenders.append(Contender(kind, prediction, found, took))
     if report:
         report("fitting and judging", len(kinds), len(kinds))
-    return Comparison(rows, contenders, 0, pair)
+    return Comparison(rows, contenders, 0, pair, lines_of(rows, figures))
 
 
 # Choosing

@@ -102,6 +102,16 @@ def test_a_table_to_judge_on(encoder: SentenceEncoder) -> None:
     assert found.contenders[0].prediction is not None and len(found.contenders[0].prediction.quality) == new
 
 
+def test_the_choice_on_a_table_of_its_own_knows_the_costs_of_training(encoder: SentenceEncoder) -> None:
+    """As the figures beside it do: on the judged rows the experts' prices stand the other way round."""
+    known, test = priced(planted(120, scores=True)), priced(planted(80, seed=1, scores=True))
+    turned = replace(test, measures={**test.measures, "cost": test.measures["cost"][:, ::-1]})
+    found = compare(known, encoder, kinds=["lexical"], test=turned)
+    evaluation = found.contenders[0].evaluation
+    assert evaluation is not None and evaluation.aiq is not None and evaluation.aiq_hull is not None
+    assert choose(found, "aiq").gains["lexical"][0] == pytest.approx(evaluation.aiq - evaluation.aiq_hull)
+
+
 def test_a_kind_that_cannot_learn_does_not_stop_the_others(
     encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
