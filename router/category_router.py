@@ -21,6 +21,7 @@ from signalbox.router.artifact import Artifact, ArtifactError
 from signalbox.router.category_map import cross_fitted
 from signalbox.router.heads import PENALTIES, Data, Linear, RidgePath
 from signalbox.router.knn import MAX_ROWS, Chosen, Smoother, choose_smoothers, load_smoother, nearest, weights_of
+from signalbox.router.teaching import clearly_positive, difference_errors
 
 Matrix = NDArray[Any]
 
@@ -161,10 +162,9 @@ def found_categories(
             break
         centres = heads._k_means(embeddings[order].astype(np.float64), count)
         labels = ((centres**2).sum(axis=1) - 2 * embeddings @ centres.T).argmin(axis=1)
-        error = cross_fitted(scores, labels, count, folds) - scores
-        tried[count] = labels, ((error - error.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
+        tried[count] = labels, difference_errors(cross_fitted(scores, labels, count, folds), scores)
         gain = tried[chosen][1] - tried[count][1]
-        if gain.mean() > gain.std() / np.sqrt(len(gain)):
+        if clearly_positive(gain, len(gain)):
             chosen = count
     labels = tried[chosen][0]
     common = np.flatnonzero((np.bincount(labels) >= LEAST_IN_CLUSTER) & (chosen > 1))

@@ -39,7 +39,7 @@ from signalbox.router.category_router import (
 from signalbox.router.encoder import Encoder
 from signalbox.router.knn import MAX_ROWS, bounded_lessons, fitting_encoder
 from signalbox.router.table import Table, TableError
-from signalbox.router.teaching import spread_of
+from signalbox.router.teaching import clearly_positive, spread_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 Matrix = NDArray[Any]
@@ -305,6 +305,6 @@ def _threshold(
         routed = routed_score(scores, assigned(probabilities, threshold), count, folds, solve)
         tried[f"{share:g}"] = float(routed.mean())
         gain = routed - best
-        if np.isnan(chosen) or gain.mean() > gain.std() / np.sqrt(prompts):
+        if np.isnan(chosen) or clearly_positive(gain, prompts):
             chosen, best = threshold, routed
     return chosen, tried, float(best.mean())

@@ -28,7 +28,15 @@ from signalbox.router.encoder import Encoder
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.heads import Head, Linear, Matrix
 from signalbox.router.table import Table, TableError
-from signalbox.router.teaching import Lessons, difference_errors, lessons, quality_of, routed_quality, spread_of
+from signalbox.router.teaching import (
+    Lessons,
+    clearly_positive,
+    difference_errors,
+    lessons,
+    quality_of,
+    routed_quality,
+    spread_of,
+)
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 FloatMatrix = NDArray[np.float32]
@@ -322,12 +330,8 @@ def _errors(prediction: Matrix, scores: Matrix) -> Matrix:
 
 
 def _improves(before: Matrix, after: Matrix, prompts: int) -> bool:
-    """Whether one of the two `_errors` falls by more than one standard error of the paired difference.
-
-    Two texts of one prompt are not two observations, hence `prompts`.
-    """
-    gain = before - after
-    return bool((gain.mean(axis=1) > gain.std(axis=1) / np.sqrt(prompts)).any())
+    """Whether one of the two `_errors` falls by more than one standard error of the paired difference."""
+    return any(clearly_positive(gain, prompts) for gain in before - after)
 
 
 def _choose_rank(z: Matrix, known: Lessons) -> tuple[Matrix, int, list[float]]:

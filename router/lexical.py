@@ -32,6 +32,7 @@ from signalbox.router.stacking import (
     load_quality_head,
 )
 from signalbox.router.table import Table, TableError, fraction_of
+from signalbox.router.teaching import quality_of, spread_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 FOLDS = 5
@@ -126,7 +127,7 @@ class LexicalPredictor:
     def predict_with_features(self, prompts: list[Prompt]) -> tuple[Prediction, FloatMatrix]:
         """As `predict`, and the second stage's inputs float32 [n, t], to which online learning adds its correction."""
         auxiliary = self.features([prompt.text for prompt in prompts])
-        quality = np.clip(self.head(auxiliary), 0.0, 1.0).astype(np.float32)
+        quality = quality_of(self.head(auxiliary))
         inputs = self.head.inputs(auxiliary)
         return Prediction(self.experts, quality, self.deviation(inputs), self.spread), inputs
 
@@ -203,10 +204,9 @@ class LexicalPredictor:
             "best_single_quality": float(scores.mean(axis=0).max()),
             "uncertainty": deviation.figures,
         }
-        spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
         features = LexicalFeatures(vocabulary, fourier, auxiliary, embedding)
-        fitted = cls(table.models, features, head, deviation, spread, figures)
-        fitted.taught, fitted.left_out = origin, np.clip(guesses, 0.0, 1.0).astype(np.float32)
+        fitted = cls(table.models, features, head, deviation, spread_of(table), figures)
+        fitted.taught, fitted.left_out = origin, quality_of(guesses)
         return fitted
 
     def to_artifact(self) -> Artifact:

@@ -13,8 +13,8 @@ from signalbox.router.base import Facts
 from signalbox.router.encoder import Encoder
 from signalbox.router.knn import bounded_lessons
 from signalbox.router.table import Table
-from signalbox.router.teaching import quality_of, routed_quality, spread_of
-from signalbox.router.tryage import TryagePredictor, _choose
+from signalbox.router.teaching import quality_of, routed_quality, simplest_head, spread_of
+from signalbox.router.tryage import TryagePredictor
 from signalbox.router.uncertainty import fit_deviation
 
 HEADS = ("ridge", "ridge+structure")
@@ -45,7 +45,7 @@ class LinearPredictor(TryagePredictor):
         for number, name in enumerate(HEADS):
             notify("choosing the head", number, len(HEADS) + 1)
             fits[name] = heads.fit(name, data, seed)
-        chosen = _choose({name: f.out_of_fold for name, f in fits.items()}, scores, rows.prompts)
+        chosen = simplest_head({name: f.out_of_fold for name, f in fits.items()}, scores, rows.prompts)
         best = fits[chosen]
         deviation = fit_deviation(data, scores - quality_of(best.out_of_fold))
         notify("choosing the head", len(HEADS) + 1, len(HEADS) + 1)

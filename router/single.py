@@ -11,6 +11,7 @@ from signalbox.router.artifact import Artifact, Report
 from signalbox.router.base import Facts, FloatMatrix, Prediction, Prompt
 from signalbox.router.encoder import Encoder
 from signalbox.router.table import Table
+from signalbox.router.teaching import spread_of
 
 
 class SinglePredictor:
@@ -52,10 +53,9 @@ class SinglePredictor:
     ) -> SinglePredictor:
         """From complete rows."""
         score = table.score
-        spread = float(np.mean(score.max(axis=1) - score.min(axis=1)))
         mean, deviation = (a.astype(np.float32) for a in (score.mean(axis=0), score.std(axis=0)))
         figures = {"rows": len(table), "best_single_quality": float(mean.max())}
-        return cls(table.models, mean, np.maximum(deviation, 1e-6), spread, figures)
+        return cls(table.models, mean, np.maximum(deviation, 1e-6), spread_of(table), figures)
 
     def to_artifact(self) -> Artifact:
         """Everything `from_artifact` needs."""

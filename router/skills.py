@@ -30,7 +30,15 @@ from signalbox.router.base import Facts, Prediction, Prompt
 from signalbox.router.encoder import Encoder
 from signalbox.router.heads import PENALTIES, Matrix, RidgePath
 from signalbox.router.table import Table
-from signalbox.router.teaching import Lessons, difference_errors, lessons, quality_of, routed_quality, spread_of
+from signalbox.router.teaching import (
+    Lessons,
+    clearly_positive,
+    difference_errors,
+    lessons,
+    quality_of,
+    routed_quality,
+    spread_of,
+)
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 FloatMatrix = NDArray[np.float32]
@@ -283,8 +291,7 @@ def _fit(source: str, skills: SkillMap, known: Lessons) -> _Fit:
 
 def _better(simple: _Fit, other: _Fit, known: Lessons) -> bool:
     """Whether the other predicts differences better by more than one standard error of the paired difference."""
-    gain = simple.errors - other.errors
-    return bool(gain.mean() > gain.std() / np.sqrt(known.prompts))
+    return clearly_positive(simple.errors - other.errors, known.prompts)
 
 
 def readable(profile: Profile, shares: Matrix, texts: Sequence[str], experts: Sequence[str]) -> list[dict[str, Any]]:

@@ -61,6 +61,27 @@ def difference_errors(prediction: Matrix, scores: Matrix) -> Matrix:
     return ((error - error.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
 
 
+def clearly_positive(gain: Matrix, prompts: int) -> bool:
+    """Whether the mean of paired differences exceeds one standard error.
+
+    `prompts` is the number of different ones: two texts of one prompt are not two independent observations.
+    """
+    return bool(gain.mean() > gain.std() / np.sqrt(prompts))
+
+
+def simplest_head(predictions: dict[str, Matrix], scores: Matrix, prompts: int) -> str:
+    """The first of these, simple before elaborate, unless another clearly predicts the differences better out of fold.
+
+    Judged by these errors and not by the quality of the choices, which is what is wanted but far noisier.
+    """
+    errors = {name: difference_errors(prediction, scores) for name, prediction in predictions.items()}
+    chosen, *others = errors
+    for name in others:
+        if clearly_positive(errors[chosen] - errors[name], prompts):
+            chosen = name
+    return chosen
+
+
 def routed_quality(prediction: Matrix, scores: Matrix) -> float:
     """Mean score of the experts that these predictions choose."""
     return float(scores[np.arange(len(scores)), prediction.argmax(axis=1)].mean())

@@ -22,6 +22,7 @@ from signalbox.router.encoder import Encoder, encode_all
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.heads import Head, Matrix
 from signalbox.router.table import Table, TableError, fraction_of
+from signalbox.router.teaching import difference_errors, quality_of, routed_quality, simplest_head, spread_of
 from signalbox.router.uncertainty import DeviationHead, fit_deviation, load_deviation
 
 FOLDS = 5
@@ -73,7 +74,7 @@ class TryagePredictor:
     def from_embeddings(self, embeddings: Matrix, texts: Sequence[str]) -> Prediction:
         """Predict from embeddings float32 [n, d] of the texts that are known already."""
         features = np.hstack([embeddings, structure(texts)])
-        return Prediction(self.experts, _quality(self.head(features)), self.deviation(features), self.spread)
+        return Prediction(self.experts, quality_of(self.head(features)), self.deviation(features), self.spread)
 
     def losses(self, prompts: list[Prompt]) -> Matrix:
         """Predicted losses in bits per byte, float32 [n, E] in [0, 8]; of a table without losses, -log2(score)."""
@@ -109,9 +110,9 @@ class TryagePredictor:
         for number, name in enumerate(heads.KINDS):
             notify("choosing the head", number, len(heads.KINDS) + 1)
             fits[name] = heads.fit(name, data, seed)
-        chosen = _choose({name: f.out_of_fold for name, f in fits.items()}, scores, len(table))
+        chosen = simplest_head({name: f.out_of_fold for name, f in fits.items()}, scores, len(table))
         best = fits[chosen]
-        deviation = fit_deviation(data, scores - _quality(best.out_of_fold))
+        deviation = fit_deviation(data, scores - quality_of(best.out_of_fold))
         notify("choosing the head", len(heads.KINDS) + 1, len(heads.KINDS) + 1)
         figures = {
             "rows": len(table),
@@ -120,9 +121,9 @@ class TryagePredictor:
             "head": chosen,
             "cross_validated": {
                 name: {
-                    "routed_quality": _routed_quality(f.out_of_fold, scores),
+                    "routed_quality": routed_quality(f.out_of_fold, scores),
                     "rmse_quality": float(np.sqrt(np.mean((f.out_of_fold - scores) ** 2))),
-                    "rmse_differences": float(np.sqrt(_difference_errors(f.out_of_fold, scores).mean())),
+                    "rmse_differences": float(np.sqrt(difference_errors(f.out_of_fold, scores).mean())),
                     **f.figures,
                 }
                 for name, f in fits.items()
@@ -130,8 +131,7 @@ class TryagePredictor:
             "best_single_quality": float(scores.mean(axis=0).max()),
             "uncertainty": deviation.figures,
         }
-        spread = float(np.mean(table.score.max(axis=1) - table.score.min(axis=1)))
-        return cls(table.models, encoder, best.head, deviation, spread, figures)
+        return cls(table.models, encoder, best.head, deviation, spread_of(table), figures)
 
     def to_artifact(self) -> Artifact:
         """Everything `from_artifact` needs."""
@@ -166,36 +166,3 @@ class TryagePredictor:
         head = heads.load_head(artifact, "head.", str(settings.get("head")), width, columns)
         deviation = load_deviation(artifact, "deviation.", width, columns)
         return cls(experts, encoder, head, deviation, artifact.spread, artifact.training)
-
-
-def _quality(prediction: Matrix) -> Matrix:
-    """Regression output -> quality float32 [n, E] in [0, 1]."""
-    return np.clip(prediction, 0.0, 1.0).astype(np.float32)
-
-
-def _routed_quality(prediction: Matrix, scores: Matrix) -> float:
-    """Mean score of the experts that these predictions choose."""
-    return float(scores[np.arange(len(scores)), prediction.argmax(axis=1)].mean())
-
-
-def _difference_errors(prediction: Matrix, scores: Matrix) -> Matrix:
-    """Mean squared error [n] in how far each expert is from the prompt's mean: the part that decides a choice."""
-    error = prediction - scores
-    return ((error - error.mean(axis=1, keepdims=True)) ** 2).mean(axis=1)
-
-
-def _choose(predictions: dict[str, Matrix], scores: Matrix, rows: int) -> str:
-    """The simplest head, unless another predicts the differences between experts better, out of fold, by more
-    than one standard error of the paired difference.
-
-    Judged by these errors and not by the quality of the choices, which is what is wanted but far noisier. `rows`
-    is the number of prompts: two texts of one are not two independent observations.
-    """
-    errors = {name: _difference_errors(prediction, scores) for name, prediction in predictions.items()}
-    names = list(errors)
-    chosen = names[0]
-    for name in names[1:]:
-        gain = errors[chosen] - errors[name]
-        if gain.mean() > gain.std() / np.sqrt(rows):
-            chosen = name
-    return chosen

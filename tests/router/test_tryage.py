@@ -13,8 +13,9 @@ from signalbox.router.encoder import SentenceEncoder
 from signalbox.router.evaluate import evaluate
 from signalbox.router.features import STRUCTURE, structure
 from signalbox.router.table import Table, TableError
+from signalbox.router.teaching import routed_quality, simplest_head
 from signalbox.router.train import Trained, save, train
-from signalbox.router.tryage import TryagePredictor, _choose, _routed_quality
+from signalbox.router.tryage import TryagePredictor
 from signalbox.router.uncertainty import fit_deviation
 from tests.router.conftest import EXPERTS, planted
 
@@ -188,8 +189,8 @@ def test_the_kernel_finds_what_no_line_can_and_is_chosen() -> None:
     y = np.stack([first, 1 - first], axis=1) * 0.5 + 0.05 * rng.normal(size=(400, 2)) + 0.2
     data = heads.Data(x.astype(np.float32), y, rng.integers(0, 5, 400), plain=32)
     found = {name: heads.fit(name, data, 0).out_of_fold for name in ("ridge", "kernel")}
-    assert _routed_quality(found["kernel"], y) > _routed_quality(found["ridge"], y) + 0.02
-    assert _choose(found, y, 400) == "kernel"
+    assert routed_quality(found["kernel"], y) > routed_quality(found["ridge"], y) + 0.02
+    assert simplest_head(found, y, 400) == "kernel"
 
 
 def test_a_tie_goes_to_the_simplest_head() -> None:
@@ -197,10 +198,10 @@ def test_a_tie_goes_to_the_simplest_head() -> None:
     scores = rng.random((500, 3))
     guess = scores + rng.normal(0, 0.2, (500, 3))
     same = dict.fromkeys(heads.KINDS, guess)
-    assert _choose(same, scores, 250) == "ridge"
+    assert simplest_head(same, scores, 250) == "ridge"
     # How hard a prompt is bears on no choice: a head that knows only that better is not preferred.
-    assert _choose(same | {"mlp": guess - (guess - scores).mean(axis=1, keepdims=True)}, scores, 250) == "ridge"
-    assert _choose(same | {"kernel": (guess + scores) / 2}, scores, 250) == "kernel"
+    assert simplest_head(same | {"mlp": guess - (guess - scores).mean(axis=1, keepdims=True)}, scores, 250) == "ridge"
+    assert simplest_head(same | {"kernel": (guess + scores) / 2}, scores, 250) == "kernel"
 
 
 def test_losses_are_predicted_in_bits_per_byte(trained: Trained) -> None:
