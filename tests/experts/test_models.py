@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
