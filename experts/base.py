@@ -68,6 +68,13 @@ class ExpertUnavailable(ExpertError):
     code = "expert_unavailable"
 
 
+class AdapterNotLoaded(ExpertError):
+    """This replica does not hold the adapter that the request names: it is gone, or elsewhere (HTTP 503)."""
+
+    status = 503
+    code = "adapter_not_loaded"
+
+
 class Unsupported(InvalidRequest):
     """The expert's engine has no such ability, e.g. adapters on a remote model (HTTP 400)."""
 
@@ -175,7 +182,8 @@ class EngineState:
 
     `ttft_ms` and `tpot_ms` are exponentially weighted means over recent requests (NaN-free: None before the
     first one). `memory_bytes` counts weights and KV cache; `kv_cache_use` is the share of the cache's blocks in use,
-    0 to 1, None where the engine does not say.
+    0 to 1, None where the engine does not say. `adapters` has each loaded adapter's requests that run or wait;
+    `max_adapters` is how many fit.
     """
 
     running: int = 0
@@ -186,6 +194,8 @@ class EngineState:
     tpot_ms: float | None = None
     memory_bytes: int = 0
     kv_cache_use: float | None = None
+    adapters: dict[str, int] = field(default_factory=dict)
+    max_adapters: int = 0
     healthy: bool = True
 
 
@@ -207,10 +217,18 @@ class Engine(Protocol):
         """Likelihood of `reference` as the answer to the request. Raises `Unsupported` where not to be had."""
 
     async def load(self, name: str, path: str) -> None:
-        """Make an adapter usable. Raises `Unsupported` on engines without adapters."""
+        """Make the adapter in the folder `path` usable as `GenerateRequest.adapter`; returns when it is.
+
+        The folder is checked again. Raises `InvalidRequest` (422, `param` the tensor at fault) where it does not fit,
+        `QueueFull` where no slot is free, `Unsupported` on engines without adapters. A name that is loaded already is
+        an error: a new version has a new name.
+        """
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter."""
+        """Take no more requests for an adapter, wait for those that run or wait, then free its slot.
+
+        Nothing happens where it is not loaded. Requests that come later get `AdapterNotLoaded`.
+        """
 
     def adapters(self) -> Sequence[str]:
         """Names of the adapters that are loaded now."""

@@ -74,6 +74,10 @@ class LocalExpert(ExpertFacts):
     max_waiting: int = Field(256, ge=0, description="requests that may queue; one more is refused with 429")
     default_max_tokens: int = Field(256, gt=0, description="tokens where a request names no max_tokens")
     replicas: int = Field(1, gt=0, description="copies of the expert")
+    max_adapters: int = Field(
+        0, ge=0, le=256, description="adapters loaded at once in each replica, all served in one batch; 0: none"
+    )
+    max_adapter_rank: int = Field(16, gt=0, le=512, description="highest LoRA rank that an adapter may have")
 
     @property
     def has_weights(self) -> bool:
