@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from signalbox.adapters.base import Limits
 from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert, matches
 from signalbox.experts.vllm_arguments import argument_problems, installed
 from signalbox.policies.base import Policy
@@ -30,6 +31,8 @@ from signalbox.serving.config_source import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterFiles",
     "CacheConfig",
     "Config",
     "ConfigError",
@@ -37,6 +40,7 @@ __all__ = [
     "RouterConfig",
     "ServerConfig",
     "StoreConfig",
+    "adapter_limits",
     "load_config",
     "missing_environment",
 ]
@@ -130,6 +134,33 @@ class OutcomesConfig(Strict):
     )
 
 
+class AdapterConfig(Strict):
+    """An adapter that is registered at the start; others come and go by `/v1/adapters`."""
+
+    base: Name = Field(description="the expert whose model it adapts")
+    path: Path = Field(description="folder with adapter_config.json (LoRA) or expert_cfg.json (ESFT) and safetensors")
+    replicas: int | None = Field(None, ge=1, description="replicas of the base that hold it; default: all")
+    pinned: bool = Field(False, description="never evicted when slots are short")
+
+
+class AdapterFiles(Strict):
+    """Where adapters may come from, and how large they may be."""
+
+    roots: tuple[Path, ...] = Field(
+        (Path(),),
+        min_length=1,
+        max_length=64,
+        description="folders below which a registered adapter must lie; default: this file's",
+    )
+    max_mib: int = Field(8192, ge=1, description="largest adapter, MiB")
+    max_adapters: int = Field(256, ge=1, le=4096, description="names registered at once, loaded or not")
+    watch: Path | None = Field(
+        None,
+        description="a folder with a subfolder BASE/NAME for each adapter: what is put there is registered, what is "
+        "taken away is removed; one of the roots",
+    )
+
+
 class RouterConfig(Strict):
     """A trained router."""
 
@@ -150,6 +181,12 @@ class Config(Strict):
     server: ServerConfig = Field(default_factory=lambda: ServerConfig(), description="where the service listens")
     store: StoreConfig = Field(default_factory=lambda: StoreConfig(), description="where shared state lives")
     experts: dict[Name, ExpertConfig] = Field(min_length=1, max_length=_MAX_NAMES, description="the pool, by name")
+    adapters: dict[Name, AdapterConfig] = Field(
+        default_factory=dict, max_length=_MAX_NAMES, description="adapters registered at the start, by name"
+    )
+    adapter_files: AdapterFiles = Field(
+        default_factory=lambda: AdapterFiles(), description="where adapters may come from"
+    )
     routers: dict[Name, RouterConfig] = Field(
         default_factory=dict, max_length=_MAX_NAMES, description="trained routers, by name"
     )
@@ -221,10 +258,28 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         name: router.model_copy(update={"artifact": absolute(router.artifact)})
         for name, router in config.routers.items()
     }
+    adapters = {
+        name: adapter.model_copy(update={"path": absolute(adapter.path)}) for name, adapter in config.adapters.items()
+    }
+    files = config.adapter_files
+    watch = absolute(files.watch) if files.watch is not None else None
+    files = files.model_copy(update={"roots": tuple(absolute(root) for root in files.roots), "watch": watch})
     store = config.store
     if store.data_dir is not None:
         store = store.model_copy(update={"data_dir": absolute(store.data_dir)})
-    return config.model_copy(update={"experts": experts, "routers": routers, "store": store})
+    return config.model_copy(
+        update={"experts": experts, "adapters": adapters, "adapter_files": files, "routers": routers, "store": store}
+    )
+
+
+def adapter_limits(config: Config, base: str) -> Limits:
+    """What may be registered on this expert: below the roots, the watched folder, or named by the configuration."""
+    files = config.adapter_files
+    named = tuple(adapter.path for adapter in config.adapters.values())
+    watched = (files.watch,) if files.watch is not None else ()
+    expert = config.experts[base]
+    rank = expert.max_adapter_rank if isinstance(expert, LocalExpert) else 0
+    return Limits((*files.roots, *watched, *named), max_bytes=files.max_mib << 20, max_rank=rank)
 
 
 def _problems(config: Config) -> list[Problem]:
@@ -246,11 +301,29 @@ def _problems(config: Config) -> list[Problem]:
                 Problem(("experts", name, "engine_args", key), text)
                 for key, text in argument_problems(expert.engine_args)
             ]
+    found += _adapter_problems(config)
     if config.default_policy is not None and config.default_policy not in config.policies:
         found.append(Problem(("default_policy",), _unknown("policy", config.default_policy, config.policies)))
     named_or_needed = config.routers or "default_router" in config.model_fields_set
     if named_or_needed and config.default_router not in config.routers:
         found.append(Problem(("default_router",), _unknown("router", config.default_router, config.routers)))
+    return found
+
+
+def _adapter_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    for name, adapter in config.adapters.items():
+        base = config.experts.get(adapter.base)
+        if base is None:
+            found.append(Problem(("adapters", name, "base"), _unknown("expert", adapter.base, config.experts)))
+        elif not isinstance(base, LocalExpert) or not base.max_adapters:
+            text = f"expert '{adapter.base}' takes no adapters: "
+            text += "set its max_adapters" if isinstance(base, LocalExpert) else "it is a remote model"
+            found.append(Problem(("adapters", name, "base"), text))
+        if name in config.experts:
+            found.append(Problem(("adapters", name), "an expert has this name: call the adapter something else"))
+        if not adapter.path.is_dir():
+            found.append(Problem(("adapters", name, "path"), f"there is no such folder ({adapter.path})"))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from signalbox.serving.config import Config, ConfigError, load_config, missing_environment
+from signalbox.serving.config import Config, ConfigError, adapter_limits, load_config, missing_environment
 
 MINIMAL = """\
 experts:
@@ -288,3 +288,44 @@ def test_the_schema_describes_every_key() -> None:
     ]
     assert not bare
     assert schema["additionalProperties"] is False
+
+
+ADAPTERS = """\
+experts:
+  local: {engine: transformers, model: ./model, max_adapters: 4}
+  none: {engine: transformers, model: ./model}
+  remote: {engine: openai, base_url: "http://127.0.0.1:9/v1", model: x}
+adapter_files: {roots: [./there], watch: ./watched}
+adapters:
+"""
+
+
+def test_adapters_are_declared_with_paths_from_the_file_on(tmp_path: Path) -> None:
+    for folder in ("model", "there/banking"):
+        (tmp_path / folder).mkdir(parents=True)
+    config = load(write(tmp_path, ADAPTERS + "  banking: {base: local, path: there/banking, pinned: true}\n"))
+    banking = config.adapters["banking"]
+    assert (banking.path, banking.pinned, banking.replicas) == (tmp_path / "there/banking", True, None)
+    limits = adapter_limits(config, "local")
+    assert set(limits.roots) == {tmp_path / "there", tmp_path / "watched", tmp_path / "there/banking"}
+    assert limits.max_rank == 16 and limits.max_bytes == 8 << 30
+
+
+def test_without_roots_the_files_own_folder_is_the_root(tmp_path: Path) -> None:
+    assert load(write(tmp_path, MINIMAL)).adapter_files.roots == (tmp_path,)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("  a: {base: locl, path: there}", "signalbox.yaml:7: adapters.a.base: there is no expert 'locl'; did you mean 'local'?"),
+        ("  a: {base: none, path: there}", "signalbox.yaml:7: adapters.a.base: expert 'none' takes no adapters: set its max_adapters"),
+        ("  a: {base: remote, path: there}", "signalbox.yaml:7: adapters.a.base: expert 'remote' takes no adapters: it is a remote model"),
+        ("  none: {base: local, path: there}", "signalbox.yaml:7: adapters.none: an expert has this name: call the adapter something else"),
+        ("  a: {base: local, path: gone}", "signalbox.yaml:7: adapters.a.path: there is no such folder (gone)"),
+    ],
+)  # fmt: skip
+def test_adapters_that_cannot_be(tmp_path: Path, line: str, said: str) -> None:
+    for folder in ("model", "there"):
+        (tmp_path / folder).mkdir()
+    assert complaints(write(tmp_path, ADAPTERS + line)) == [said]
