@@ -11,12 +11,15 @@ several times after a warm-up; figures are medians of the runs, with the least a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,12 +98,15 @@ def summary(results: list[Result]) -> dict[str, float]:
     }
 
 
-async def over_http(port: int, model: str, levels: list[int], rounds: int, **shape: Any) -> dict[int, list[Any]]:
+async def over_http(
+    port: int, model: str, levels: list[int], rounds: int, *, warm: bool = True, seed: int = 0, **shape: Any
+) -> dict[int, list[Any]]:
     """Every level, `rounds` times after a warm-up."""
     found: dict[int, list[Any]] = {}
-    await measure(port, model, max(levels), seed=0, **shape)
+    if warm:
+        await measure(port, model, max(levels), seed=0, **shape)
     for streams in levels:
-        runs = [await measure(port, model, streams, seed=100 * streams + i, **shape) for i in range(rounds)]
+        runs = [await measure(port, model, streams, seed=100 * streams + seed + i, **shape) for i in range(rounds)]
         found[streams] = [summary(run) for run in runs]
         print(f"  {streams} streams: {found[streams][-1]}", flush=True)
     return found
@@ -119,6 +125,13 @@ def in_process(
     if done.returncode:
         raise RuntimeError(f"vLLM in process failed:\n{(WORK / 'inprocess.log').read_text()[-4000:]}")
     return {int(streams): runs for streams, runs in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+@contextlib.contextmanager
+def our_port(config: Path, log: Path) -> Iterator[int]:
+    """Our service; yields its port."""
+    with our_service(config, log) as (port, _):
+        yield port
 
 
 def rows_of(shape: str, found: dict[str, dict[int, list[Any]]]) -> list[Row]:
@@ -155,6 +168,12 @@ def main(
     gateways: Annotated[int, typer.Option(help="gateway processes of our service")] = 2,
     messages: Annotated[float, typer.Option(help="our max_messages_per_s")] = 4000.0,
     eager: Annotated[bool, typer.Option(help="no compilation, no CUDA graphs")] = False,
+    together: Annotated[
+        float, typer.Option(help="server and service side by side, each with this much KV cache, GiB; measured in turn")
+    ] = 0.0,
+    hold: Annotated[
+        Path | None, typer.Option(help="with --together: once both are up, wait until this file is there")
+    ] = None,
     dry: Annotated[bool, typer.Option(help="a tiny model on the CPU, short runs, no results written")] = False,
     out: Annotated[Path, typer.Option(help="folder of the results")] = ROOT / "benchmarks" / "results",
 ) -> None:
@@ -175,28 +194,60 @@ def main(
         arguments["dtype"] = expert["dtype"] = "float32"
         expert["gpus"] = 0
     else:
-        arguments["gpu_memory_utilization"] = expert["gpu_memory"] = memory
         expert["gpus"] = 1
+        arguments["gpu_memory_utilization"] = expert["gpu_memory"] = 0.45 if together else memory
+    if together:  # set, not measured: two that start at once would each count the other's memory as their own
+        arguments["kv_cache_memory_bytes"] = int(together * 2**30)
+        expert["engine_args"] = {"kv_cache_memory_bytes": int(together * 2**30)}
     said = {"prompt": prompt, "tokens": tokens, "dry": dry}
     found: dict[str, dict[int, list[Any]]] = {}
-    for system in chosen:
-        began = time.monotonic()
-        print(f"{NAMES[system]}: starting", flush=True)
-        if system == "inprocess":
-            found[system] = in_process(arguments, levels, rounds, said)
-        elif system == "server":
-            with vllm_server(arguments, WORK / "server.log") as port:
-                print(f"  ready after {time.monotonic() - began:.0f} s", flush=True)
-                found[system] = asyncio.run(over_http(port, "model", levels, rounds, **said))
-        else:
-            with our_service(pool_config(model, expert, gateways), WORK / "service.log") as (port, _):
-                print(f"  ready after {time.monotonic() - began:.0f} s", flush=True)
-                found[system] = asyncio.run(over_http(port, "auto", levels, rounds, **said))
+
+    def keep(system: str, began: float) -> None:
+        """After each system, in case that the machine's time ends."""
         print(f"  done after {time.monotonic() - began:.0f} s", flush=True)
-        if not dry:  # after each, in case that the machine's time ends
-            options = f"--shape {shape} --streams {streams} --prompt {prompt} --tokens {tokens} --rounds {rounds}"
-            options += f" --memory {memory:g} --gateways {gateways} --messages {messages:g}" + " --eager" * eager
-            write_results(f"vllm_{shape}", f"python -m benchmarks.vllm {options}", rows_of(shape, found), out)
+        if dry:
+            return
+        options = f"--shape {shape} --streams {streams} --prompt {prompt} --tokens {tokens} --rounds {rounds}"
+        options += f" --gateways {gateways} --messages {messages:g}" + " --eager" * eager
+        options += f" --together {together:g}" if together else f" --memory {memory:g}"
+        write_results(f"vllm_{shape}", f"python -m benchmarks.vllm {options}", rows_of(shape, found), out)
+
+    def serve(system: str) -> contextlib.AbstractContextManager[int]:
+        """One of the two that listen, on its way up; yields its port."""
+        if system == "server":
+            return vllm_server(arguments, WORK / "server.log")
+        return our_port(pool_config(model, expert, gateways), WORK / "service.log")
+
+    listening = [system for system in chosen if system != "inprocess"]
+    models = {"server": "model", "service": "auto"}
+    began = time.monotonic()
+    if together and listening:
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor() as starting:
+            print(f"{' and '.join(NAMES[system] for system in listening)}: starting", flush=True)
+            contexts = [serve(system) for system in listening]
+            ports = list(starting.map(stack.enter_context, contexts))
+            print(f"  ready after {time.monotonic() - began:.0f} s", flush=True)
+            while hold is not None and not hold.exists():
+                time.sleep(0.5)
+            for turn in range(rounds):  # in turn, so that what changes with time falls on both
+                for system, port in zip(listening, ports, strict=True):
+                    runs = asyncio.run(over_http(port, models[system], levels, 1, warm=not turn, seed=turn, **said))
+                    for level, run in runs.items():
+                        found.setdefault(system, {}).setdefault(level, []).extend(run)
+                    keep(system, began)
+    else:
+        for system in listening:
+            began = time.monotonic()
+            print(f"{NAMES[system]}: starting", flush=True)
+            with serve(system) as port:
+                print(f"  ready after {time.monotonic() - began:.0f} s", flush=True)
+                found[system] = asyncio.run(over_http(port, models[system], levels, rounds, **said))
+            keep(system, began)
+    if "inprocess" in chosen:
+        began = time.monotonic()
+        print(f"{NAMES['inprocess']}: starting", flush=True)
+        found["inprocess"] = in_process(arguments, levels, rounds, said)
+        keep("inprocess", began)
     print_table(rows_of(shape, found), f"{shape}: RANDOM WEIGHTS, {prompt} prompt tokens, {tokens} answer tokens")
 
 
