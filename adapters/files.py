@@ -93,7 +93,9 @@ class AdapterFolder:
         descriptor, size = self._open(name)
         if size > max_bytes:
             raise AdapterError(
-                f"{name} has {size:,} bytes, more than the {max_bytes:,} that are allowed", code="too_large"
+                f"{name} has {size:,} bytes, more than the {max_bytes:,} that are allowed",
+                code="too_large",
+                tensor=name,
             )
         return parse_object(_read(descriptor, 0, size, name), name, code="bad_json")
 
@@ -170,6 +172,8 @@ class TensorEntry:
 class SafetensorsFile:
     """A safetensors file: its header is checked wholly on construction, tensors are read one at a time.
 
+    `entries` are in the order of their names, so that of several faults the same one is found first.
+
     Format: a little-endian u64 n, n bytes of JSON, then the data, which the tensors cover without gap or overlap
     (huggingface.co/docs/safetensors, "Format"). Raises `AdapterError`: `bad_safetensors`, `dtype`, `zero_size`.
     """
@@ -184,7 +188,7 @@ class SafetensorsFile:
             self._bad(f"its header claims {length:,} bytes, of {size:,} in the file")
         header = parse_object(_read(descriptor, 8, length, name), name, code="bad_safetensors")
         header.pop("__metadata__", None)
-        self.entries = {key: self._entry(key, value, 8 + length) for key, value in header.items()}
+        self.entries = {key: self._entry(key, value, 8 + length) for key, value in sorted(header.items())}
         place = 8 + length
         for entry in sorted(self.entries.values(), key=lambda entry: (entry.start, entry.end)):
             if entry.start != place:

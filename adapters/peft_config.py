@@ -8,18 +8,16 @@ type, how it was initialised and trained); newer versions write many of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import regex  # type: ignore[import-untyped]
-
 from signalbox.adapters.base import AdapterError
 from signalbox.adapters.files import shown
+from signalbox.adapters.name_pattern import Budget, NamePattern, PatternError
 
-MAX_PATTERN = 4096  # characters of a regular expression
-MAX_PATTERNS = 65536
-MATCH_S = 0.05  # longest time for one match of a pattern from a file: some patterns take exponential time
+MAX_PATTERNS = 8192  # entries of a list or map
 
 # What changes the computation and is not built: the key, whether its value asks for it, and what it is.
 _asks: Callable[[Any], bool] = bool
@@ -87,6 +85,9 @@ def parse(raw: dict[str, Any]) -> PeftConfig:
     if indices and isinstance(targets, str):
         _bad("layers_to_transform", "layers_to_transform needs target_modules to be a list, not a pattern")
     pattern = raw.get("layers_pattern")
+    layers_pattern = (pattern,) if isinstance(pattern, str) and pattern else tuple(_list(raw, "layers_pattern", str))
+    if not all(re.fullmatch(r"[\w.]{1,128}", name, re.ASCII) for name in layers_pattern):
+        _bad("layers_pattern", "layers_pattern is no name of a list of layers, such as `layers` or `h`")
     use_rslora = raw.get("use_rslora") or False
     if not isinstance(use_rslora, bool):
         _bad("use_rslora", f"use_rslora is {shown(use_rslora)} and not true or false")
@@ -99,7 +100,7 @@ def parse(raw: dict[str, Any]) -> PeftConfig:
         targets=targets,
         excluded=_names(raw, "exclude_modules"),
         layers=indices,
-        layers_pattern=(pattern,) if isinstance(pattern, str) and pattern else tuple(_list(raw, "layers_pattern", str)),
+        layers_pattern=layers_pattern,
     )
 
 
@@ -108,14 +109,20 @@ class Matcher:
 
     def __init__(self, config: PeftConfig) -> None:
         self._config = config
+        self._budget = Budget()
         self._all_linear = isinstance(config.targets, str) and config.targets.lower() == "all-linear"
         self._targets = self._names(config.targets, "target_modules")
         self._excluded = self._names(config.excluded, "exclude_modules")
-        self._layer = [
-            _Pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern") for pattern in config.layers_pattern
-        ] or [_Pattern(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern")]
-        self._ranks = [(_suffix(key, "rank_pattern"), rank) for key, rank in config.rank_pattern.items()]
-        self._alphas = [(_suffix(key, "alpha_pattern"), alpha) for key, alpha in config.alpha_pattern.items()]
+        # Compiled by `re`: these patterns are plain names, which cannot make it slow.
+        self._layer = [re.compile(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.") for pattern in config.layers_pattern] or [
+            re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+        ]
+        self._ranks = [
+            (_ending_test(key, "rank_pattern", self._budget), rank) for key, rank in config.rank_pattern.items()
+        ]
+        self._alphas = [
+            (_ending_test(key, "alpha_pattern", self._budget), alpha) for key, alpha in config.alpha_pattern.items()
+        ]
 
     def targeted(self, module: str) -> bool:
         """Whether the configuration adapts the linear of this name."""
@@ -141,55 +148,47 @@ class Matcher:
         alpha = next((alpha for fits, alpha in self._alphas if fits(module)), self._config.lora_alpha)
         return alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank
 
-    @staticmethod
-    def _names(names: tuple[str, ...] | str, key: str) -> Callable[[str], bool]:
+    def _names(self, names: tuple[str, ...] | str, key: str) -> Callable[[str], bool]:
         """A pattern that must match the whole name, or a list of names and endings."""
         if isinstance(names, str):
-            pattern = _Pattern(names, key)
-            return lambda module: pattern.fullmatch(module)
+            return _pattern_test(names, key, self._budget, whole=True)
         wanted = frozenset(names)
         # A name fits by each of its endings after a dot.
         return lambda module: any(ending in wanted for ending in _endings(module))
 
 
-class _Pattern:
-    """A regular expression out of a file: bounded in length, and in time for each match."""
+def _pattern_test(pattern: str, key: str, budget: Budget, *, whole: bool) -> Callable[[str], bool]:
+    """A test by a regular expression out of a file: of the whole name, or of a beginning of it."""
 
-    def __init__(self, pattern: str, key: str) -> None:
-        self._key = key
-        if len(pattern) > MAX_PATTERN:
-            _bad(key, f"{key} has a pattern of more than {MAX_PATTERN} characters; give a list of names")
-        try:
-            self._compiled = regex.compile(pattern)
-        except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
-            _bad(key, f"{key} has a pattern that is no regular expression, {shown(pattern)}: {error}")
+    def wrong(error: PatternError) -> NoReturn:
+        _bad(key, f"{key} has a pattern that cannot be used, {shown(pattern)}: {error}; give a list of names")
 
-    def match(self, module: str) -> regex.Match[str] | None:
-        return self._timed(self._compiled.match, module)
-
-    def fullmatch(self, module: str) -> bool:
-        return self._timed(self._compiled.fullmatch, module) is not None
-
-    def _timed(self, method: Any, module: str) -> regex.Match[str] | None:
-        try:
-            found: regex.Match[str] | None = method(module, timeout=MATCH_S)
-            return found
-        except TimeoutError:
-            _bad(self._key, f"{self._key} has a pattern that takes too long to match; give a list of names")
-
-
-def _suffix(key: str, field: str) -> Callable[[str], bool]:
-    """peft's `re.match(rf"(.*\\.)?({key})$", module)`; without an engine where the key is a plain name."""
-    if not key.replace(".", "").replace("_", "").isalnum():
-        pattern = _Pattern(rf"(.*\.)?({key})$", field)
-        return lambda module: pattern.match(module) is not None
+    try:
+        compiled = NamePattern(pattern, budget)
+    except PatternError as error:
+        wrong(error)
 
     def fits(module: str) -> bool:
+        try:
+            return compiled.fullmatch(module) if whole else compiled.match(module)
+        except PatternError as error:
+            wrong(error)
+
+    return fits
+
+
+def _ending_test(key: str, field: str, budget: Budget) -> Callable[[str], bool]:
+    r"""peft's `re.match(rf"(.*\.)?({key})$", module)`; compared directly where the key is a plain name."""
+    if not re.fullmatch(r"[\w.]{1,256}", key, re.ASCII):
+        return _pattern_test(rf"(.*\.)?({key})$", field, budget, whole=False)
+
+    def fits(module: str) -> bool:
+        if module.endswith(key):
+            return len(module) == len(key) or module[-len(key) - 1] == "."
         tail = module[-len(key) :]
-        if len(tail) != len(key) or (len(module) > len(key) and module[-len(key) - 1] != "."):
+        if "." not in key or len(tail) < len(key) or (len(module) > len(key) and module[-len(key) - 1] != "."):
             return False
-        # In a pattern a dot stands for any character.
-        return tail == key or all(k in (t, ".") for k, t in zip(key, tail, strict=True))
+        return all(k in (t, ".") for k, t in zip(key, tail, strict=True))  # in a pattern a dot is any character
 
     return fits
 
