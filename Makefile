@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install install-test serve test test-vllm lint format clean router-quickstart bench-%
+.PHONY: install install-test serve test test-vllm lint format clean router-quickstart adapters-quickstart bench-%
 
 # Installing is skipped while nothing that it depends on has changed.
 $(BIN)/.installed: pyproject.toml requirements/models.txt requirements/constraints.txt
@@ -66,6 +66,11 @@ format: install-test
 # Rebuilds routers/quickstart from ../shared/data/tasks: collects the pool's losses, trains, reports.
 router-quickstart: install
 	$(BIN)/python -m benchmarks.router_quickstart
+
+# Retrains the adapters of examples/adapters from ../shared/data/tasks by their recipes: minutes on a GPU, hours here.
+adapters-quickstart: install
+	@$(BIN)/pip install -q -c requirements/constraints.txt -e '.[train]'
+	$(BIN)/python -m benchmarks.quickstart_adapters
 
 bench-%: install
 	$(BIN)/python -m benchmarks.$*
