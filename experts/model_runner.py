@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from signalbox.adapters.layers import LoraLayers
 from signalbox.experts.base import ExpertUnavailable
 from signalbox.experts.packed_batch import ATTENTION, KVCache, PackedBatch, packed_attention
 from signalbox.experts.prompts import PromptEncoder
@@ -26,11 +28,20 @@ def best_dtype(device: torch.device) -> torch.dtype:
 class ModelRunner(PromptEncoder):
     """Weights and tokenizer of one model, on one device.
 
-    `batch` is the packed batch of the forward pass that runs now: modules that act by request (adapters, gates)
-    find their tokens' rows there.
+    `lora` are the linears' slots for adapters, None where there are to be none.
     """
 
-    def __init__(self, path: Path, *, device: str, dtype: str, threads: int | None, chat_template: str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        dtype: str,
+        threads: int | None,
+        chat_template: str | None,
+        max_adapters: int = 0,
+        max_adapter_rank: int = 16,
+    ) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
@@ -49,7 +60,7 @@ class ModelRunner(PromptEncoder):
             raise ExpertUnavailable(f"cannot load the model in {path}: {error}") from error
         self.model.to(self.device)  # type: ignore[arg-type]
         self.model.eval().requires_grad_(False)
-        self.batch: PackedBatch | None = None
+        self.lora = LoraLayers(self.model, max_adapters, max_adapter_rank) if max_adapters else None
 
         config = self.model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
@@ -76,8 +87,7 @@ class ModelRunner(PromptEncoder):
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, keep: Seq[int]) -> Tensor:
         """Run a packed batch; logits [len(keep), V] at the packed positions `keep`, in the model's dtype."""
-        self.batch = batch
-        try:
+        with self.lora.step(batch.slots, keep) if self.lora else nullcontext():
             output = self.model(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
@@ -85,8 +95,6 @@ class ModelRunner(PromptEncoder):
                 logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self.device),
                 packed=batch,
             )
-        finally:
-            self.batch = None
         logits: Tensor = output.logits[0]
         return logits
 

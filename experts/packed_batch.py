@@ -2,8 +2,7 @@
 
 Every step of the transformers engine is a single forward pass over `[1, N]` tokens: first one token for each
 decoding request, then pieces of prompts. The linear layers see N tokens and need not know whose they are; only
-attention does. That is what keeps the engine open for per-token work later: whatever depends on the request (an
-adapter index, gates) is one more vector of length N beside `rows`.
+attention does. What else depends on the request, such as its adapter, is one more vector of length N beside `rows`.
 """
 
 from __future__ import annotations
@@ -102,6 +101,7 @@ class PackedBatch:
 
     rows, positions: int64 [N], the cache row and the position of each token. The first `len(decode_rows)` tokens
     are one each of the decoding requests. `cache` None means no cache: segments attend to themselves (scoring).
+    slots: the adapter slot of each token, -1 for the base's; None where all are the base's.
     """
 
     token_ids: Tensor
@@ -111,6 +111,7 @@ class PackedBatch:
     decode_length: int
     segments: list[Segment]
     cache: KVCache | None
+    slots: list[int] | None = None
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -132,6 +132,7 @@ class Scheduler:
             decode_length=decode_length,
             segments=segments,
             cache=runner.cache,
+            slots=[self.running[row].slot for row in owners] if runner.lora else None,
         )
         return order, batch, keep
 
@@ -156,8 +157,10 @@ class Scheduler:
             sequence.computed = 0
         return []
 
-    def score(self, texts: Seq[tuple[list[int], list[int]]]) -> tuple[list[float], float]:
-        """Negative log2-likelihoods of answers given prompts, (prompt ids, answer ids) each, in one forward pass.
+    def score(self, texts: Seq[tuple[list[int], list[int], int]]) -> tuple[list[float], float]:
+        """Negative log2-likelihoods of answers given prompts in one forward pass.
+
+        texts: (prompt ids, answer ids, the adapter's slot or -1) each.
 
         Returns the bits of each answer and the seconds that the pass took.
         """
@@ -166,17 +169,19 @@ class Scheduler:
         positions: list[int] = []
         segments: list[Segment] = []
         keep: list[int] = []
-        for prompt, answer in texts:
+        slots: list[int] = []
+        for prompt, answer, slot in texts:
             start, count = len(tokens), len(prompt) + len(answer)
             tokens += [*prompt, *answer]
             positions += range(count)
             segments.append(Segment(start, start + count, 0, 0))
             keep += range(start + len(prompt) - 1, start + count - 1)
+            slots += [slot] * count
         runner = self.runner
         ids = runner.tensor(tokens)
-        batch = PackedBatch(ids, ids, runner.tensor(positions), [], 0, segments, None)
+        batch = PackedBatch(ids, ids, runner.tensor(positions), [], 0, segments, None, slots)
         logits = runner.forward(batch, keep)
-        answers = runner.tensor([token for _, answer in texts for token in answer])
+        answers = runner.tensor([token for _, answer, _ in texts for token in answer])
         with torch.inference_mode():
             nats = torch.cat(
                 [
@@ -184,5 +189,5 @@ class Scheduler:
                     for rows, ids in zip(logits.split(SCORE_POSITIONS), answers.split(SCORE_POSITIONS), strict=True)
                 ]
             )
-            bits = [float(part.sum()) / math.log(2) for part in nats.split([len(answer) for _, answer in texts])]
+            bits = [float(part.sum()) / math.log(2) for part in nats.split([len(answer) for _, answer, _ in texts])]
         return bits, time.perf_counter() - started

@@ -24,6 +24,7 @@ class Sequence:
     detokenizer: Detokenizer
     loop: asyncio.AbstractEventLoop
     chunks: asyncio.Queue[Chunk | ExpertError]
+    slot: int = -1  # of its adapter
     computed: int = 0
     aborted: bool = False
     arrived: float = field(default_factory=time.perf_counter)

@@ -1,8 +1,8 @@
 """The built-in engine: transformers models with continuous admission, computed on a thread of its own.
 
-This file is the side that faces the event loop; `scheduler` decides what each step computes and `packed_batch`
-how. transformers' own continuous batching was tried first: it is slower on CPU and leaves no place for per-row
-adapters (docs/architecture.md, "Engines").
+This file is the side that faces the event loop; `scheduler` decides what each step computes, `packed_batch` and
+`adapters.layers` how; `engine_adapters` loads and unloads adapters. transformers' own continuous batching was tried
+first: it is slower on CPU and leaves no place for per-row adapters (docs/architecture.md, "Engines").
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from signalbox.experts.base import (
 )
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.experts.detokenizer import Detokenizer
+from signalbox.experts.engine_adapters import EngineAdapters
 from signalbox.experts.model_runner import ModelRunner
 from signalbox.experts.models import resolve
 from signalbox.experts.packed_batch import PackedBatch, Segment
@@ -43,7 +44,7 @@ SCORE_TOKENS, SCORE_ANSWER_TOKENS = 1024, 512
 # After this long without work the KV cache's memory is given back, in seconds.
 IDLE_RELEASE = 10.0
 
-ScoreJob = tuple[list[int], list[int], "asyncio.Future[tuple[float, float]]"]
+ScoreJob = tuple[list[int], list[int], int, "asyncio.Future[tuple[float, float]]"]
 
 
 class TransformersEngine:
@@ -58,6 +59,9 @@ class TransformersEngine:
         self._open = 0  # requests that run or wait
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._boundaries: list[asyncio.Future[None]] = []
+        self._stopped = False
+        self._adapters = EngineAdapters(name, config.max_adapters, config.max_adapter_rank, self._step_boundary)
 
     # -- the Engine protocol -----------------------------------------------------------------------------
 
@@ -74,51 +78,57 @@ class TransformersEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Answer one request; see `Engine.generate`."""
-        sequence = await self._submit(request)
-        try:
-            while True:
-                item = await sequence.chunks.get()
-                if isinstance(item, ExpertError):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
-                    return
-        finally:
-            self._open -= 1
-            sequence.aborted = True  # before its next step the thread frees the row; no matter once finished
-            self._notify()
+        self._ready()
+        with self._adapters.open(request.adapter) as slot:
+            sequence = await self._submit(request, slot)
+            try:
+                while True:
+                    item = await sequence.chunks.get()
+                    if isinstance(item, ExpertError):
+                        raise item
+                    yield item
+                    if item.finish_reason is not None:
+                        return
+            finally:
+                self._open -= 1
+                sequence.aborted = True  # before its next step the thread frees the row; no matter once finished
+                self._notify()
 
     async def score(self, request: GenerateRequest, reference: str) -> Score:
         """Negative log-likelihood of `reference` as the answer, by a forward pass without the cache."""
         runner = self._ready().runner
-        prompt = await tokenise(self.name, runner, runner.vocab_size, request)
-        answer = await tokenise_reference(runner, request, reference)
-        check_length(self.name, self.longest, len(prompt), len(answer))
-        if len(self._score_jobs) >= max(1, self.config.max_waiting):
-            raise QueueFull(f"expert {self.name!r} has {len(self._score_jobs)} texts to score already")
-        future: asyncio.Future[tuple[float, float]] = asyncio.get_running_loop().create_future()
-        self._score_jobs.append((prompt, answer, future))
-        self._notify()
-        bits, seconds = await future
+        with self._adapters.open(request.adapter) as slot:
+            prompt = await tokenise(self.name, runner, runner.vocab_size, request)
+            answer = await tokenise_reference(runner, request, reference)
+            check_length(self.name, self.longest, len(prompt), len(answer))
+            if len(self._score_jobs) >= max(1, self.config.max_waiting):
+                raise QueueFull(f"expert {self.name!r} has {len(self._score_jobs)} texts to score already")
+            future: asyncio.Future[tuple[float, float]] = asyncio.get_running_loop().create_future()
+            self._score_jobs.append((prompt, answer, slot, future))
+            self._notify()
+            bits, seconds = await future
         return Score(bits, len(reference.encode()), len(answer), len(prompt), seconds)
 
     async def load(self, name: str, path: str) -> None:
-        """Adapters come with the adapter registry; raises `Unsupported` until then."""
-        raise Unsupported("this engine holds no adapters yet", param="adapter")
+        """See `Engine.load`: reading and copying are done by another thread, while requests run on."""
+        await self._adapters.load(name, path, self._ready().runner.lora)
 
     async def unload(self, name: str) -> None:
-        """See `load`."""
-        raise Unsupported("this engine holds no adapters yet", param="adapter")
+        """See `Engine.unload`. A caller that stops waiting does not stop the unloading."""
+        await self._adapters.unload(name)
 
     def adapters(self) -> Seq[str]:
-        """None yet."""
-        return ()
+        """Adapters that requests may name now; one that is being unloaded is not among them."""
+        return self._adapters.accepting()
 
     def state(self) -> EngineState:
         """Load and speed now."""
         scheduler = self._scheduler
         running = len(scheduler.running) if scheduler else 0
-        memory = scheduler.runner.weight_bytes + scheduler.runner.cache.nbytes if scheduler else 0
+        memory = 0
+        if scheduler is not None:
+            runner = scheduler.runner
+            memory = runner.weight_bytes + runner.cache.nbytes + (runner.lora.nbytes if runner.lora else 0)
         return EngineState(
             running=running,
             waiting=max(0, self._open - running),
@@ -127,6 +137,8 @@ class TransformersEngine:
             ttft_ms=self._speed.ttft_ms,
             tpot_ms=self._speed.tpot_ms,
             memory_bytes=memory,
+            adapters=self._adapters.open_requests(),
+            max_adapters=self.config.max_adapters,
             healthy=self._thread is not None and self._thread.is_alive() and not self._closing,
         )
 
@@ -160,6 +172,8 @@ class TransformersEngine:
             dtype=config.dtype,
             threads=config.threads,
             chat_template=config.chat_template,
+            max_adapters=config.max_adapters,
+            max_adapter_rank=config.max_adapter_rank,
         )
         warm = runner.tensor([0] * 8)
         runner.forward(PackedBatch(warm, warm, runner.tensor(range(8)), [], 0, [Segment(0, 8, 0, 0)], None), [7])
@@ -179,12 +193,20 @@ class TransformersEngine:
         with self._wake:
             self._wake.notify()
 
-    async def _submit(self, request: GenerateRequest) -> Sequence:
+    async def _step_boundary(self) -> None:
+        """Returns once no step computes that had begun before: what was aborted till now is used no more."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._wake:
+            if self._stopped or self._thread is None or not self._thread.is_alive():
+                return
+            self._boundaries.append(future)
+            self._wake.notify()
+        await future
+
+    async def _submit(self, request: GenerateRequest, slot: int) -> Sequence:
         """Tokenise, check and queue a request; raises what the client is to be told."""
         scheduler, config, sampling = self._ready(), self.config, request.sampling
         runner = scheduler.runner
-        if request.adapter is not None:
-            raise Unsupported(f"expert {self.name!r} has no adapter {request.adapter!r}", param="model")
         if request.extra:
             fields = sorted(request.extra)
             raise Unsupported(f"expert {self.name!r} does not support {', '.join(fields)}", param=fields[0])
@@ -205,6 +227,7 @@ class TransformersEngine:
             ),
             loop=asyncio.get_running_loop(),
             chunks=asyncio.Queue(),
+            slot=slot,
         )
         if self._open >= config.max_running + config.max_waiting:
             raise QueueFull(
@@ -222,17 +245,27 @@ class TransformersEngine:
         assert scheduler is not None
         while not self._closing:
             with self._wake:
-                idle = not (scheduler.busy or self._score_jobs or self._closing)
+                idle = not (scheduler.busy or self._score_jobs or self._boundaries or self._closing)
                 if idle and not self._wake.wait(IDLE_RELEASE):
                     scheduler.runner.cache.release()
+                self._pass_boundaries()
             if scheduler.busy:
                 self._deliver(scheduler.step())
             if self._score_jobs:
                 self._score_some(scheduler)
         gone = ExpertUnavailable(f"expert {self.name!r} was shut down")
         self._deliver([(s, gone) for s in (*scheduler.running, *scheduler.waiting)])
-        for _, _, future in self._score_jobs:
+        for *_, future in self._score_jobs:
             _complete(future, gone)
+        with self._wake:
+            self._stopped = True
+            self._pass_boundaries()
+
+    def _pass_boundaries(self) -> None:
+        """Between two steps: the next one begins with dropping what was aborted."""
+        for future in self._boundaries:
+            _complete(future, None)
+        self._boundaries.clear()
 
     def _deliver(self, results: Seq[Result]) -> None:
         """Hand a step's results to the event loop, in one call for all of them."""
@@ -252,25 +285,25 @@ class TransformersEngine:
         jobs: list[ScoreJob] = []
         total = answers = 0
         while self._score_jobs:
-            prompt, answer, future = self._score_jobs[0]
+            prompt, answer, slot, future = self._score_jobs[0]
             total, answers = total + len(prompt) + len(answer), answers + len(answer)
             if jobs and (total > SCORE_TOKENS or answers > SCORE_ANSWER_TOKENS):
                 break
             self._score_jobs.popleft()
             if not future.cancelled():
-                jobs.append((prompt, answer, future))
+                jobs.append((prompt, answer, slot, future))
         if not jobs:
             return
         try:
-            bits, seconds = scheduler.score([(prompt, answer) for prompt, answer, _ in jobs])
+            bits, seconds = scheduler.score([(prompt, answer, slot) for prompt, answer, slot, _ in jobs])
         except Exception as error:
             log.exception("expert %s cannot score", self.name)
-            for _, _, future in jobs:
+            for *_, future in jobs:
                 _complete(future, ExpertError(f"expert {self.name!r} cannot score this text: {error}"))
             return
         # Every text pays for its share of the pass, by its tokens.
-        computed = sum(len(prompt) + len(answer) for prompt, answer, _ in jobs)
-        for (prompt, answer, future), value in zip(jobs, bits, strict=True):
+        computed = sum(len(prompt) + len(answer) for prompt, answer, *_ in jobs)
+        for (prompt, answer, _, future), value in zip(jobs, bits, strict=True):
             _complete(future, (value, seconds * (len(prompt) + len(answer)) / computed))
 
 
