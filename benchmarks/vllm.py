@@ -195,7 +195,7 @@ def main(
         expert["gpus"] = 0
     else:
         expert["gpus"] = 1
-        arguments["gpu_memory_utilization"] = expert["gpu_memory"] = 0.45 if together else memory
+        arguments["gpu_memory_utilization"] = expert["gpu_memory"] = 0.3 if together else memory
     if together:  # set, not measured: two that start at once would each count the other's memory as their own
         arguments["kv_cache_memory_bytes"] = int(together * 2**30)
         expert["engine_args"] = {"kv_cache_memory_bytes": int(together * 2**30)}
