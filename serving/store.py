@@ -122,6 +122,10 @@ class Store:
 
         await self._run(command)
 
+    async def hget(self, key: str, field: str) -> bytes | None:
+        """One field of a hash, or None where there is none."""
+        return await self._run(lambda: self._redis.hget(PREFIX + key, field))
+
     async def hgetall(self, key: str) -> dict[str, bytes]:
         """All fields of a hash; empty where there is none."""
         found = await self._run(lambda: self._redis.hgetall(PREFIX + key))

@@ -1,0 +1,64 @@
+"""Which replica gets a request: one that holds the adapter that the request names.
+
+Serve makes one `AdapterRouter` for each handle and process. It goes by this process's map of versions to replicas,
+which `AdapterTable` keeps. Its choice is a hint: a replica that does not hold the adapter says so, and the gateway
+tries again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray.serve.request_router import LocalityMixin, PendingRequest, RequestRouter, RunningReplica
+
+from signalbox.experts.base import GenerateRequest
+
+_holders: dict[str, frozenset[str]] = {}  # version id -> Serve's unique ids of replicas; replaced as a whole
+
+
+@dataclass(slots=True, frozen=True)
+class OneReplica:
+    """First argument of a call that is meant for one replica; another one that gets it refuses."""
+
+    replica_id: str
+
+
+def set_holders(holders: Mapping[str, frozenset[str]]) -> None:
+    """Tell this process's routers which replicas hold which version."""
+    global _holders
+    _holders = dict(holders)
+
+
+def wanted_replicas(arguments: list[object]) -> frozenset[str] | None:
+    """The replicas that a call is for, None for any."""
+    first = arguments[0] if arguments else None
+    if isinstance(first, OneReplica):
+        return frozenset((first.replica_id,))
+    if isinstance(first, GenerateRequest) and first.adapter is not None:
+        return _holders.get(first.adapter)
+    return None
+
+
+class AdapterRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray's classes have no types
+    """Power of two choices (Mitzenmacher, 2001) among the replicas that hold what the request needs.
+
+    Without Serve's `FIFOMixin`, which may hand the replica chosen for one request to another one that waits longer.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Two of the holders at random, or of all where none of the holders is known here."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # a second try comes after a pause
+            wanted = wanted_replicas(pending_request.args)
+            if wanted:
+                holders = [replica for replica in candidate_replicas if replica.replica_id.unique_id in wanted]
+                candidate_replicas = holders or candidate_replicas
+        if len(candidate_replicas) > 2:
+            candidate_replicas = random.sample(candidate_replicas, 2)
+        elif len(candidate_replicas) == 2 and random.getrandbits(1):  # of two equally busy ones the first is taken
+            candidate_replicas = candidate_replicas[::-1]
+        return [list(candidate_replicas)]
