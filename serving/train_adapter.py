@@ -149,12 +149,15 @@ def base_of(reference: str, config: Path | None) -> Base:
 def train_adapter(base: Base, recipe: Recipe, out: Path, effort: Effort, watch: Watcher) -> dict[str, Any]:
     """Train, write `out`, score what was written on the held-out rows, and return what `training.json` says.
 
-    Blocking. Raises `TrainingError`, `ExpertError`; `out` is only made once there are weights to write.
+    Blocking. Raises `TrainingError`, `ExpertError`, `AdapterError`; `out` is only made once there are weights to write.
     """
     import torch
 
     from signalbox.adapters import train as training
+    from signalbox.adapters.base import Limits
+    from signalbox.adapters.base_shape import base_shape
     from signalbox.adapters.train_data import encode, read_table, split
+    from signalbox.adapters.validate import validate
 
     started = time.perf_counter()
     device = torch.device(
@@ -191,6 +194,8 @@ def train_adapter(base: Base, recipe: Recipe, out: Path, effort: Effort, watch: 
     adapted = training.attach(model, options, base.reference)
     fitted = training.fit(adapted, train, validation, options, codec, partial(watch.trained, "training"))
     nbytes = training.save(adapted, out)
+    # What the service would say of it, now rather than when it is added.
+    facts = validate(out, base_shape(base.folder), Limits((out.resolve(),), max_rank=max(64, options.rank)))
     watch.said(
         f"best validation loss {fitted.best:.4f} at step {fitted.kept} of {fitted.steps}, {fitted.seconds:.0f} s"
     )
@@ -212,6 +217,8 @@ def train_adapter(base: Base, recipe: Recipe, out: Path, effort: Effort, watch: 
             "history": [_rounded(moment) for moment in fitted.history],
         },
         "weights_bytes": nbytes,
+        "content_hash": facts.content_hash,
+        "parameters": facts.parameters,
         "machine": machine(device),
         "versions": versions(),
     }
@@ -309,7 +316,7 @@ def _scores(
                         max_new_tokens=recipe.max_new_tokens or min(256, answers + 4),
                         batch=batch,
                         labels=table.labels if name == "bare" else (),
-                        label_rows=_default(device, 32, 512) if effort.label_rows is None else effort.label_rows,
+                        label_rows=_default(device, 32, 256) if effort.label_rows is None else effort.label_rows,
                         report=partial(watch.scored, f"{who}, {name}"),
                     )
                 )
