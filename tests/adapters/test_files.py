@@ -54,13 +54,13 @@ def test_nothing_is_said_of_what_lies_outside(path: str, limits: Limits) -> None
 def test_a_folder_exchanged_between_the_look_and_the_opening(
     base: Path, tmp_path: Path, root: Path, limits: Limits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An injected fault: at the moment of opening, the folder becomes a link to a place outside."""
+    """An injected fault: at the moment of opening the weights, the folder becomes a link to a place outside."""
     outside = make_lora(tmp_path / "outside", base)
     inside = make_lora(root / "adapter", base)
     real_open = os.open
 
     def exchange(path: Any, *arguments: Any, **keywords: Any) -> int:
-        if not inside.is_symlink():
+        if str(path).endswith("adapter_model.safetensors"):  # the last file to be opened
             inside.rename(tmp_path / "moved")
             inside.symlink_to(outside)
         return real_open(path, *arguments, **keywords)
