@@ -1,8 +1,8 @@
 """Brings the replicas to what the records say, again and again (level-triggered reconciliation).
 
 `tick` looks at what every replica holds and starts what is missing. What it must remember is in the records, so a
-successor can go on. A version is unloaded only when each live gateway has seen a table in which it is not served, and has
-no request in flight on it.
+successor can go on. A version is unloaded only when each live gateway has seen a table in which it is not served, and
+has no request in flight on it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from signalbox.adapters.lifecycle import Record, ReplicaReport, Version, split_i
 from signalbox.adapters.placement import MIN_RESIDENCY_S, choose_targets, choose_victim, evictable
 from signalbox.adapters.registry_protocols import (
     AdapterStorage,
+    DataLost,
     Fleet,
     GatewayReport,
     NoSlot,
@@ -75,7 +76,12 @@ class Reconciler:
     async def tick(self) -> None:
         """Look once at everything and start what is to be done. Raises `StoreLost`, `Fenced`."""
         await self._ledger.settle()
-        await self.observe()
+        try:
+            await self.observe()
+        except DataLost:
+            self._ledger.doubtful = True
+            await self._ledger.settle()
+            return
         for name in list(self._ledger.records):
             await self._drive(name)
         if not self._ledger.doubtful:
@@ -111,7 +117,7 @@ class Reconciler:
         return [split_id(vid) for reports in self._reports.values() for r in reports.values() for vid in r.adapters]
 
     async def observe(self) -> None:
-        """Ask all replicas, and read what the gateways say. Raises `StoreLost`."""
+        """Ask all replicas, and read what the gateways say. Raises `StoreLost`, `Fenced`, `DataLost`."""
         self._unseen = set()
         answers = await asyncio.gather(*(self._fleet.probe(base) for base in self._bases))
         now = self._clock()
@@ -127,20 +133,21 @@ class Reconciler:
     async def _drive(self, name: str) -> None:
         commit = partial(self._ledger.commit, name)
         for version in self._versions(name):
-            number = version.number
-            if version.phase == "draining" and self._is_nowhere(name, number):
-                await commit(lambda record, n=number: transitions.end(record, n, self._wall()))
-            elif version.phase == "validating" and not self._is_taken(name, number):
+            if version.phase == "draining" and self._is_nowhere(name, version.number):
+                await commit(partial(transitions.end, number=version.number, at=self._wall()))
+            elif version.phase == "validating" and not self._is_taken(name, version.number):
                 # The registry that checked it has died, and whoever asked for it knows.
-                await commit(
-                    lambda record, n=number: record if self._is_taken(name, n) else transitions.drop(record, n)
-                )
+                await commit(partial(self._drop, number=version.number))
         record = self._ledger.records.get(name)
         if record is not None and record.removed:
             await commit(transitions.forget)
         for version in self._versions(name):
             if version.phase in ("staged", "ready"):
                 await self._advance(name, version.number)
+
+    def _drop(self, record: Record | None, number: int) -> Record | None:
+        taken = record is not None and self._is_taken(record.name, number)
+        return record if taken else transitions.drop(record, number)
 
     def _versions(self, name: str) -> tuple[Version, ...]:
         record = self._ledger.records.get(name)

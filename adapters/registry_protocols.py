@@ -57,8 +57,8 @@ class GatewayReport:
 class RecordStore(Protocol):
     """Records, the gateways' table and its generation, with one writer at a time.
 
-    All methods raise `StoreLost`. `read` and `write` raise `Fenced` once another registry has taken over, and
-    `DataLost` where the store is empty though it was not.
+    All methods raise `StoreLost`. `read`, `write` and `gateways` raise `Fenced` once another registry has taken over,
+    and `DataLost` where the store is empty though it was not.
     """
 
     async def take_over(self) -> None:

@@ -1,9 +1,9 @@
 """The service's own copies of adapters, in folders named by content hash.
 
-What users registered may be changed or deleted the moment after. So it is checked where it lies (a fault is told in terms
-of the user's path), copied, and the copy is checked again; replicas load the copy alone. On file systems that can, the
-copy shares its blocks with the original (`copy_file_range`). Hard links would not do: who overwrites a file in place
-changes the linked one as well.
+What users registered may be changed or deleted the moment after. So it is checked where it lies (a fault is told in
+terms of the user's path), copied, and the copy is checked again; replicas load the copy alone. On file systems that
+can, the copy shares its blocks with the original (`copy_file_range`). Hard links would not do: who overwrites a file in
+place changes the linked one as well.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from signalbox.adapters.base import AdapterError
 from signalbox.adapters.lifecycle import ReplicaReport
-from signalbox.adapters.registry import NoSlot, ReplicaLost
+from signalbox.adapters.registry_protocols import NoSlot, ReplicaLost
 from signalbox.experts.base import ExpertError, InvalidRequest, QueueFull
-from signalbox.serving.adapter_router import OneReplica
+from signalbox.serving.adapter_replica import OneReplica
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

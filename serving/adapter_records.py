@@ -1,13 +1,14 @@
 """The adapter registry's records in the store, written under a fence.
 
-`adapters:writer` has the epoch of the one registry that may write, and the number of its writes (compare and set: a write
-that was held up on the way and arrives late changes nothing). `adapters:records` has everything by name, `adapters:table`
-what gateways need to know, `adapters:generation` changes with the table. Epoch and generation are milliseconds of the
-server's clock or more, so that they grow even over the loss of all data.
+`adapters:writer` has the epoch of the one registry that may write, and the number of its writes (compare and set: a
+write that was held up on the way and arrives late changes nothing). `adapters:records` has everything by name,
+`adapters:table` what gateways need to know, `adapters:generation` changes with the table. Epoch and generation are
+milliseconds of the server's clock or more, so that they grow even over the loss of all data.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -168,9 +169,13 @@ class AdapterRecords:
     async def gateways(self) -> dict[str, GatewayReport]:
         """See `RecordStore.gateways`."""
         try:
-            found = await self._store.hgetall(GATEWAYS)
+            found, epoch = await asyncio.gather(self._store.hgetall(GATEWAYS), self._store.hget(WRITER, "epoch"))
         except StoreUnavailable as error:
             raise StoreLost(str(error)) from error
+        if epoch is None:
+            raise DataLost
+        if epoch != self._epoch:
+            raise Fenced("a newer adapter registry has taken over")
         now = self._clock()
         reports, gone = {}, []
         for name, data in found.items():

@@ -211,7 +211,7 @@ class AdapterRegistry:
 
         expert = self._config.experts[base]
         assert isinstance(expert, LocalExpert)
-        return base_shape(resolve(expert.model, weights=expert.has_weights).folder)
+        return base_shape(resolve(expert.model, weights=expert.has_weights).path)
 
 
 def storage_folder(config: Config, store_url: str) -> Path:

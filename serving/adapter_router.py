@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ray.serve.request_router import LocalityMixin, PendingRequest, RequestRouter, RunningReplica
 
 from signalbox.experts.base import GenerateRequest
+from signalbox.serving.adapter_replica import OneReplica
 
 _holders: dict[str, frozenset[str]] = {}  # version id -> Serve's unique ids of replicas; replaced as a whole
-
-
-@dataclass(slots=True, frozen=True)
-class OneReplica:
-    """First argument of a call that is meant for one replica; another one that gets it refuses."""
-
-    replica_id: str
 
 
 def set_holders(holders: Mapping[str, frozenset[str]]) -> None:
@@ -41,7 +34,7 @@ def wanted_replicas(arguments: list[object]) -> frozenset[str] | None:
     return None
 
 
-class AdapterRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray's classes have no types
+class AdapterRouter(LocalityMixin, RequestRouter):
     """Power of two choices (Mitzenmacher, 2001) among the replicas that hold what the request needs.
 
     Without Serve's `FIFOMixin`, which may hand the replica chosen for one request to another one that waits longer.

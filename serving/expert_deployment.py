@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from signalbox.adapters.lifecycle import ReplicaReport
 from signalbox.experts.base import (
     Chunk,
     Engine,
@@ -24,6 +26,7 @@ from signalbox.experts.base import (
 from signalbox.experts.base import Score as ExpertScore
 from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import live_state
+from signalbox.serving.adapter_replica import OneReplica, ReplicaAdapters
 from signalbox.serving.live_state import ReplicaState
 from signalbox.serving.store import Store, StoreUnavailable
 
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S, LAST_RETRY_S = 2.0, 60.0  # between attempts to start an engine that did not
 LOOK_S = 0.5  # between two looks at an engine that has processes of its own
 ACCEPT_S = 3.0  # within which a replica has to take a request; how long the answer takes is another matter
+_ROUTER = "signalbox.serving.adapter_router.AdapterRouter"
 CLOSE_S = 5.0  # that a replica has to end its requests when it is stopped
 
 
@@ -58,6 +62,7 @@ class ExpertDeployment:
         self._published = 0
         self._store = Store(store_url)
         self._rank = _replica_rank()
+        self._adapters = ReplicaAdapters(_replica_id(), config.max_adapters if isinstance(config, LocalExpert) else 0)
         self._tasks = [asyncio.create_task(self._keep_engine()), asyncio.create_task(self._keep_publishing())]
         # Serve calls this before it ends the replica. On the class, garbage collection would call it again.
         self.__del__ = self.close
@@ -77,6 +82,8 @@ class ExpertDeployment:
         pump = asyncio.create_task(self._pump(self._engine, request, ready, news))
         pump.add_done_callback(lambda _: news.set())
         self._running[request.request_id] = pump
+        use = self._adapters.using(request.adapter)
+        use.__enter__()
         try:
             while not pump.done():
                 await news.wait()
@@ -92,6 +99,7 @@ class ExpertDeployment:
         finally:
             self._running.pop(request.request_id, None)
             pump.cancel()
+            use.__exit__(None, None, None)
 
     async def score(self, request: GenerateRequest, reference: str) -> ExpertScore | ExpertError:
         """Likelihood of `reference` as the answer; an `ExpertError` is returned, not raised."""
@@ -112,6 +120,30 @@ class ExpertDeployment:
     async def state(self) -> ReplicaState:
         """Load, speed and facts at this moment."""
         return self._state()
+
+    # -- what the adapter registry calls -----------------------------------------------------------------------
+
+    async def probe_adapters(self) -> ReplicaReport:
+        """What this replica holds at this moment."""
+        ready = self._engine is not None and self._engine.state().healthy
+        return self._adapters.report(ready=ready, reason="" if ready else self._why_not())
+
+    async def load_adapter(self, target: OneReplica, version: str, path: str, content_hash: str) -> ExpertError | None:
+        """Load an adapter's version from a folder that does not change, and have it answer a canary request.
+
+        Nothing happens where it is loaded. Errors are returned: `InvalidRequest` where it can never be loaded,
+        `QueueFull` where no slot is free, `ExpertUnavailable` where it may work later or on another replica.
+        """
+        return self._mistaken(target) or await self._adapters.load(version, path, content_hash)
+
+    async def unload_adapter(self, target: OneReplica, version: str) -> ExpertError | None:
+        """Unload an adapter's version once its requests here have ended. Nothing happens where it is not loaded."""
+        return self._mistaken(target) or await self._adapters.unload(version)
+
+    def _mistaken(self, target: OneReplica) -> ExpertUnavailable | None:
+        if target.replica_id == self._adapters.replica_id:
+            return None
+        return ExpertUnavailable(f"replica {target.replica_id} of expert {self._name!r} is gone")
 
     # -- what Serve calls --------------------------------------------------------------------------------------
 
@@ -135,6 +167,7 @@ class ExpertDeployment:
             await self._store.hdel(live_state.live_key(self._name), str(self._rank))
         await self._store.close()
         engine, self._engine, self._reason = self._engine, None, "stopped"
+        self._adapters.use(None)
         if engine is not None:
             await engine.close()
 
@@ -174,6 +207,7 @@ class ExpertDeployment:
             reason = getattr(engine, "ailment", lambda: None)() or "the engine has stopped"
             log.error("expert %s: %s; starting it again", self._name, reason)
             self._engine, self._reason = None, f"starting again: {reason}"
+            self._adapters.use(None)
             await self._publish()
             with contextlib.suppress(Exception):
                 await engine.close()
@@ -206,6 +240,7 @@ class ExpertDeployment:
                 pause = min(2 * pause, LAST_RETRY_S)
             else:
                 self._engine, self._reason = engine, ""
+                self._adapters.use(engine)
                 await self._publish()
                 log.info("expert %s is ready", self._name)
                 return
@@ -299,6 +334,16 @@ def _replica_rank() -> int:
         return 0
 
 
+def _replica_id() -> str:
+    """Serve's id of this replica; any other unique one outside of a Serve cluster."""
+    from ray import serve
+
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except Exception:  # local testing mode has no such context
+        return uuid.uuid4().hex[:8]
+
+
 class ExpertClient:
     """The gateway's side of the hop: an `Engine`-like `generate` over a deployment's handle.
 
@@ -370,6 +415,11 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
     from ray import serve
 
     places = config.max_running + config.max_waiting
+    options: dict[str, Any] = {}
+    if isinstance(config, LocalExpert) and config.max_adapters:
+        from ray.serve.config import RequestRouterConfig
+
+        options["request_router_config"] = RequestRouterConfig(request_router_class=_ROUTER)
     deployment = serve.deployment(
         name=f"expert-{name}",
         num_replicas=config.replicas if isinstance(config, LocalExpert) else 1,
@@ -381,5 +431,6 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=CLOSE_S,
+        **options,
     )
     return deployment(ExpertDeployment).bind(name, config, store_url)
