@@ -25,7 +25,7 @@ from signalbox.router.evaluate import evaluate
 from signalbox.router.judge import Evaluation
 from signalbox.router.table import read_table, write_table
 from signalbox.router.texts import Text, arithmetic_texts, read_texts
-from signalbox.serving.cli_router import collect_pool, show, training_report
+from signalbox.serving.cli_router import collect_pool, pool_members, show, training_report
 from signalbox.serving.config import load_config
 
 DATA = ROOT.parent / "shared" / "data"
@@ -125,7 +125,7 @@ def main(
         if not DATA.is_dir():
             console.print(f"error: {DATA} is absent; the texts to collect losses on are read from there", style="red")
             raise typer.Exit(2)
-        experts = {n: e for n, e in load_config(config).experts.items() if e.routable}
+        experts = {n: m for n, m in pool_members(load_config(config)).items() if m.config.routable}
         texts = gather_texts(rows_per_task)
         console.print(f"{len(texts)} texts of {len({t.task for t in texts})} tasks, {len(experts)} experts")
         # Kept after the run: a later one with more rows a task measures only the new ones.

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import orjson
 
-from signalbox.experts.base import Engine, GenerateRequest, Score, Unsupported
+from signalbox.experts.base import GenerateRequest, Score, Unsupported
 from signalbox.experts.catalog import Price
 from signalbox.router.table import Table
 from signalbox.router.texts import Text
@@ -25,6 +25,13 @@ from signalbox.router.texts import Text
 # (expert, texts done, of how many, how many of them failed)
 Report = Callable[[str, int, int, int], None]
 MAX_REPORTED = 1000
+
+
+class Scorer(Protocol):
+    """What gives labels: an `Engine`, or one adapter of it."""
+
+    async def score(self, request: GenerateRequest, reference: str) -> Score:
+        """Likelihood of `reference` as the answer to the request. Raises `Unsupported` where not to be had."""
 
 
 class CollectError(RuntimeError):
@@ -109,7 +116,7 @@ class Journal:
 
 
 async def collect(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Scorer],
     texts: Sequence[Text],
     *,
     prices: Mapping[str, Price] | None = None,
@@ -158,7 +165,7 @@ class _Run:
     """One expert over all texts."""
 
     def __init__(
-        self, name: str, engine: Engine, texts: Sequence[Text], book: Journal, fingerprint: str, report: Report | None
+        self, name: str, engine: Scorer, texts: Sequence[Text], book: Journal, fingerprint: str, report: Report | None
     ) -> None:
         self.name, self.engine, self.texts, self.book, self.report = name, engine, texts, book, report
         digests = (hashlib.blake2b(f"{fingerprint}\0{name}\0{t.key}".encode(), digest_size=16) for t in texts)

@@ -94,6 +94,7 @@ def _decide_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from signalbox.serving.dispatch import Dispatcher
     from signalbox.serving.gateway import describe_plan
     from signalbox.serving.live_state import ExpertState, LiveState
+    from signalbox.serving.pool import Pool
     from signalbox.serving.protocols.openai import parse_completion
     from signalbox.serving.protocols.openai_replies import error_object
     from signalbox.serving.routing import routing_of
@@ -111,7 +112,8 @@ def _decide_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
         store = Store("redis://127.0.0.1:1")  # never asked: only answers are looked up in it
         live = LiveState(store, config.experts)
         live.assume({name: ExpertState(ready=True, **_local_facts(config, name)) for name in config.experts})
-        dispatcher = Dispatcher(config, experts={}, live=live, routing=routing, store=store)
+        pool = Pool(config, live=live, assume_adapters=True)
+        dispatcher = Dispatcher(config, experts={}, pool=pool, routing=routing, store=store)
         routing.start()
         started = time.perf_counter()
         try:

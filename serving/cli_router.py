@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
@@ -37,9 +38,10 @@ from signalbox.serving.cli_replay import replay_command
 # Torch and the encoder are imported inside the commands: `signalbox --help` must not wait for them.
 if TYPE_CHECKING:
     from signalbox.experts.catalog import ExpertConfig
-    from signalbox.router.collect import Collected
+    from signalbox.router.collect import Collected, Scorer
     from signalbox.router.judge import Evaluation
     from signalbox.router.texts import Text
+    from signalbox.serving.config import Config
 
 # As `router.kinds`, whose package imports NumPy; a test holds them together.
 TRAINABLE = (
@@ -78,10 +80,11 @@ def collect_command(
         paths = [*(texts or []), *(more_texts or [])]
         if not paths:
             raise typer.BadParameter("name at least one file of texts: --texts PATH...")
-        experts = _pool_of(load_config(config).experts, pool)
+        loaded = load_config(config)
+        members = _pool_of(pool_members(loaded), pool)
         chosen = read_texts(paths, limit)
         journal = out.with_name(f"{out.name}.partial.jsonl")
-        collected = asyncio.run(collect_pool(experts, chosen, journal, concurrency))
+        collected = asyncio.run(collect_pool(members, chosen, journal, concurrency))
         write_table(collected.table, out)
         if collected.failed:
             console.print(f"[yellow]{collected.failed} measurements failed[/yellow]; run again to try just them, e.g.")
@@ -92,18 +95,46 @@ def collect_command(
         console.print(f"{len(collected.table)} rows ({collected.resumed} results of a former run) in {out}")
 
 
+@dataclass(frozen=True)
+class Member:
+    """One expert of a pool to collect from: a declared one, or (`adapter`: its short name and folder) one on `base`."""
+
+    base: str
+    config: ExpertConfig
+    adapter: tuple[str, Path] | None = None
+
+
+def pool_members(config: Config) -> dict[str, Member]:
+    """All experts that a configuration declares, adapters among them, by their full names."""
+    experts = {name: Member(name, expert) for name, expert in config.experts.items()}
+    adapted = {
+        f"{adapter.base}:{name}": Member(adapter.base, config.experts[adapter.base], (name, adapter.path))
+        for name, adapter in config.adapters.items()
+        if adapter.routable
+    }
+    return experts | adapted
+
+
 async def collect_pool(
-    experts: dict[str, ExpertConfig], texts: list[Text], journal: Path | None, concurrency: int = 1
+    members: dict[str, Member], texts: list[Text], journal: Path | None, concurrency: int = 1
 ) -> Collected:
     """Start the experts' engines, collect, and close them, whatever happens; shows progress on stderr."""
+    from signalbox.experts.adapted_engine import AdaptedEngine
     from signalbox.experts.engines import build_engine
     from signalbox.router.collect import collect
 
-    engines = {name: build_engine(name, expert) for name, expert in experts.items()}
+    bases = {member.base: build_engine(member.base, member.config) for member in members.values()}
+    engines: dict[str, Scorer] = {}
     try:
-        for name, engine in engines.items():
+        for name, engine in bases.items():
             console.print(f"loading {name}")
             await engine.start()
+        for name, member in members.items():
+            engines[name] = bases[member.base]
+            if member.adapter is not None:
+                short, path = member.adapter
+                await bases[member.base].load(short, str(path))
+                engines[name] = AdaptedEngine(bases[member.base], short)
         with progress_bars() as bar:
             tasks = {name: bar.add_task(name, total=len(texts)) for name in engines}
 
@@ -114,21 +145,25 @@ async def collect_pool(
             return await collect(
                 engines,
                 texts,
-                prices={name: expert.price for name, expert in experts.items()},
+                prices={name: member.config.price for name, member in members.items()},
                 journal=journal,
-                fingerprints={name: _fingerprint(expert) for name, expert in experts.items()},
+                fingerprints={name: _fingerprint(member) for name, member in members.items()},
                 concurrency=concurrency,
                 report=report,
             )
     finally:
-        await asyncio.gather(*(engine.close() for engine in engines.values()), return_exceptions=True)
+        await asyncio.gather(*(engine.close() for engine in bases.values()), return_exceptions=True)
 
 
-def _fingerprint(expert: ExpertConfig) -> str:
+def _fingerprint(member: Member) -> str:
     """Hash of what bears on an expert's losses: not its price, its speed or its limits."""
     keys = {"engine", "model", "chat_template", "dtype", "base_url", "load_format"}
-    fields = expert.model_dump(mode="json", include=keys)
-    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    fields = member.config.model_dump(mode="json", include=keys)
+    digest = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))
+    for file in sorted(member.adapter[1].iterdir()) if member.adapter is not None else ():
+        if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "expert_cfg.json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @router_app.command("train")
@@ -319,10 +354,10 @@ def _task_table(result: Evaluation) -> RichTable:
     return tasks
 
 
-def _pool_of(experts: dict[str, Any], pool: str) -> dict[str, Any]:
+def _pool_of(experts: dict[str, Member], pool: str) -> dict[str, Member]:
     names = names_of(pool)
     if names is None:  # what `auto` may not choose needs no label
-        names = [name for name, expert in experts.items() if expert.routable]
+        names = [name for name, member in experts.items() if member.config.routable]
     unknown = [name for name in names if name not in experts]
     if unknown:
         raise typer.BadParameter(f"no expert named {', '.join(unknown)} (there are: {', '.join(experts)})")

@@ -141,6 +141,7 @@ class AdapterConfig(Strict):
     path: Path = Field(description="folder with adapter_config.json (LoRA) or expert_cfg.json (ESFT) and safetensors")
     replicas: int | None = Field(None, ge=1, description="replicas of the base that hold it; default: all")
     pinned: bool = Field(False, description="never evicted when slots are short")
+    routable: bool = Field(True, description="whether `auto` may choose it, once a router has been trained on it")
 
 
 class AdapterFiles(Strict):

@@ -7,8 +7,8 @@ answer is kept once however it was asked for. `decision:<key>`, by policy and re
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 import time
@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import orjson
 
-from signalbox.experts.base import Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
-from signalbox.experts.catalog import ExpertConfig, matches
+from signalbox.experts.base import AdapterNotLoaded, Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
+from signalbox.experts.catalog import matches
 from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
 from signalbox.policies.decide import decide
 from signalbox.policies.explore import explore
@@ -27,8 +27,8 @@ from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
 from signalbox.serving.cache import CachedAnswer, ResponseCache
 from signalbox.serving.config import Config
 from signalbox.serving.expert_deployment import ExpertClient
-from signalbox.serving.live_state import LiveState
 from signalbox.serving.options import Options, parse_options, take_flags
+from signalbox.serving.pool import Pool, Target, hash_of
 from signalbox.serving.protocols.openai import Call
 from signalbox.serving.protocols.openai_replies import AnswerBuilder
 from signalbox.serving.routing import Basis, Routing
@@ -38,6 +38,8 @@ from signalbox.serving.streams import Batch, close, merged, resume, single
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+ADAPTER_WAIT_S = 5.0  # to find a replica that holds an adapter, when one has just lost it
+ADAPTER_PAUSE_S = 0.05
 ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
 
 # A policy broken by these alone may be kept a moment later.
@@ -82,6 +84,8 @@ class Run:
     batches: AsyncIterator[Batch]
     builder: AnswerBuilder
     keep: _Keep | None = None
+    asked: Target | None = None
+    source: AsyncIterator[Batch] | None = None
 
     async def __aiter__(self) -> AsyncIterator[Batch]:
         keep = self.keep
@@ -94,6 +98,14 @@ class Run:
     async def aclose(self) -> None:
         """Stop the expert if it still generates."""
         await close(self.batches)
+        await close(self.source)  # a generator that nobody has begun to read closes nothing below it
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Which expert answers: an adapter's version is settled when it is asked."""
+
+    target: Target | None = None
 
 
 @dataclass(slots=True)
@@ -114,44 +126,39 @@ class Dispatcher:
         config: Config,
         *,
         experts: Mapping[str, ExpertClient],
-        live: LiveState,
+        pool: Pool,
         routing: Routing,
         store: Store,
     ) -> None:
         self._config = config
         self._experts = experts
-        self._live = live
+        self._pool = pool
         self._routing = routing
         self._store = store
         self._cache = ResponseCache(store, config.cache)
-        self._versions = {name: _version_of_expert(expert) for name, expert in config.experts.items()}
         self._pool_version = _version_of_pool(config)
 
     # -- who may be asked for ----------------------------------------------------------------------------------
 
     def model_names(self) -> list[str]:
         """Everything that `model` may be."""
-        return [AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies), *self._config.experts]
+        return [AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies), *self._pool.names()]
 
-    def policy_of(self, model: str) -> tuple[str, Policy] | None:
-        """Name and content of the policy that an `auto` model asks for; None where `model` names an expert.
+    async def resolve(self, model: str) -> tuple[str, Policy] | Target:
+        """Name and content of the policy that an `auto` model asks for, or the expert that `model` names.
 
         Raises `InvalidRequest` with status 404 where there is no such model.
         """
-        if model in self._config.experts:
-            return None
         head, colon, name = model.partition(":")
         if head == AUTO and not colon:
             default = self._config.default_policy
             return (default, self._config.policies[default]) if default else ("default", Policy())
         if head == AUTO and name in self._config.policies:
             return name, self._config.policies[name]
-        raise InvalidRequest(
-            f"there is no model '{model}'; there are: {', '.join(self.model_names())}",
-            param="model",
-            code="model_not_found",
-            status=404,
-        )
+        target = await self._pool.find(model)
+        if target is None:
+            raise self._pool.unknown(model, (AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies)))
+        return target
 
     # -- the decision ------------------------------------------------------------------------------------------
 
@@ -161,15 +168,15 @@ class Dispatcher:
 
     async def _plan(self, call: Call, options: Options, slo_ttft_ms: float | None, *, asking: bool = True) -> Plan:
         for name in options.fallbacks or ():
-            if name not in self._config.experts:
+            if await self._pool.find(name) is None:
                 raise InvalidRequest(
                     f"'signalbox.fallbacks' names '{name[:64]}', which is no expert; "
-                    f"there are: {', '.join(self._config.experts)}",
+                    f"there are: {', '.join(self._pool.names())}",
                     param="signalbox.fallbacks",
                 )
-        asked = self.policy_of(call.model)
-        if asked is None:
-            order = list(dict.fromkeys([call.model, *(options.fallbacks or ())]))
+        asked = await self.resolve(call.model)
+        if isinstance(asked, Target):
+            order = list(dict.fromkeys([asked.name, *(options.fallbacks or ())]))
             return Plan(call, order, router="none", policy="none")
         name, policy = asked
         policy = self._tighten(policy, options, slo_ttft_ms, call)
@@ -184,7 +191,7 @@ class Dispatcher:
         try:
             decision = decide(
                 scores.quality,
-                self._live.candidates(),
+                self._pool.candidates(),
                 RequestShape(call.prompt_bytes(), answer_tokens, call.sampling.max_tokens),
                 policy,
                 spread=scores.spread,
@@ -208,11 +215,11 @@ class Dispatcher:
         if slo_ttft_ms is not None:
             ceiling = min(slo_ttft_ms, policy.slo.max_ttft_ms or slo_ttft_ms)
             updates["slo"] = policy.slo.model_copy(update={"max_ttft_ms": ceiling})
-        names = [name for name, expert in self._config.experts.items() if expert.routable]
+        names = self._pool.routable()
         if options.allowed is not None:
             names = [name for name in names if matches(name, options.allowed)]
         if call.demands:
-            able = [name for name in names if not call.unmet(self._config.experts[name].request_fields)]
+            able = [name for name in names if not call.unmet(self._pool.request_fields(name))]
             if not able:
                 raise Unsupported(
                     f"'{call.demands[0]}' needs an expert whose engine understands it, e.g. one with "
@@ -233,20 +240,24 @@ class Dispatcher:
         first token, for a whole answer until its last. Raises the last `ExpertError` where none can answer.
         """
         options = parse_options(call.options)
-        asked = self.policy_of(call.model)
+        asked = await self.resolve(call.model)
+        policy = None if isinstance(asked, Target) else asked
         cached = options.cache.mode == "exact" and call.sampling.temperature == 0
-        cached = cached and (asked is None or asked[1].cache == "exact")
+        cached = cached and (policy is None or policy[1].cache == "exact")
         keep: _Keep | None = None
         plan: Plan | None = None
         if cached:
             keep = _Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
-            if asked is not None:
-                keep.decision_key = self._decision_key(call, options, slo_ttft_ms, *asked)
-                plan = await self._remembered(keep.decision_key, call, asked[0])
+            if policy is not None:
+                keep.decision_key = self._decision_key(call, options, slo_ttft_ms, *policy)
+                plan = await self._remembered(keep.decision_key, call, policy[0])
         fresh = plan is None
         plan = plan or await self._plan(call, options, slo_ttft_ms)
         if keep is not None:
-            answer = await self._cache.get(self._answer_key(plan.order[0], plan.call, keep.namespace))
+            first = await self._pool.find(plan.order[0])
+            answer = None
+            if first is not None:
+                answer = await self._cache.get(self._answer_key(first, plan.call, keep.namespace))
             if answer is not None and len(answer.choices) == call.choices:
                 if fresh:
                     await self._remember(keep, plan, plan.order[0])
@@ -260,9 +271,9 @@ class Dispatcher:
         hop = time.perf_counter()
         failure: ExpertError | None = None
         for attempt, name in enumerate(plan.order, 1):
-            batches: AsyncIterator[Batch] | None = None
+            asked = _Asked()
+            batches = self._ask(name, call, f"{reply_id}.{attempt}" if attempt > 1 else reply_id, asked)
             try:
-                batches = self._ask(name, call, f"{reply_id}.{attempt}" if attempt > 1 else reply_id)
                 # A stream is committed to its expert by its first batch; a whole answer only by its last.
                 held = [await anext(batches)] if call.stream else [batch async for batch in batches]
             except ExpertError as error:
@@ -288,16 +299,40 @@ class Dispatcher:
                 batches=resume(held, batches),
                 builder=AnswerBuilder(call.choices, call.n),
                 keep=keep,
+                asked=asked.target,
+                source=batches,
             )
         raise failure or ExpertUnavailable("no expert could be asked")
 
-    def _ask(self, name: str, call: Call, reply_id: str) -> AsyncIterator[Batch]:
-        """Start all choices on one expert. Raises `ExpertUnavailable` at once where it is known not to be ready."""
-        state = self._live.expert(name)
+    async def _ask(self, name: str, call: Call, reply_id: str, asked: _Asked) -> AsyncIterator[Batch]:
+        """All choices from one expert; `asked` learns which it was. Raises `ExpertUnavailable` where it is not ready.
+
+        An adapter stays loaded while it answers. Where a replica has lost it, another is asked, for a while.
+        """
+        deadline = time.monotonic() + ADAPTER_WAIT_S
+        while True:
+            begun = False
+            try:
+                async with self._pool.lease(name) as target:
+                    asked.target = target
+                    async with contextlib.aclosing(self._ask_target(target, call, reply_id)) as batches:  # type: ignore[type-var]
+                        async for batch in batches:
+                            begun = True
+                            yield batch
+                    return
+            except AdapterNotLoaded:
+                if begun or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(ADAPTER_PAUSE_S)
+
+    def _ask_target(self, target: Target, call: Call, reply_id: str) -> AsyncIterator[Batch]:
+        state = self._pool.state(target)
         if not state.ready:
-            raise ExpertUnavailable(f"expert '{name}' is not ready: {state.reason}")
-        client = self._experts[name]
-        requests = call.requests(reply_id, understood=self._config.experts[name].request_fields)
+            raise ExpertUnavailable(f"expert '{target.name}' is not ready: {state.reason}")
+        client = self._experts[target.expert]
+        requests = call.requests(reply_id, understood=target.config.request_fields)
+        for request in requests:
+            request.adapter = target.adapter.version if target.adapter is not None else None
         streams = [client.generate(request) for request in requests]
         return single(streams[0]) if len(streams) == 1 else merged(streams)
 
@@ -305,10 +340,10 @@ class Dispatcher:
 
     async def settle(self, run: Run) -> None:
         """Keep the finished answer of a run that came to its proper end. Call once."""
-        if run.keep is None or not run.builder.complete:
+        if run.keep is None or run.asked is None or not run.builder.complete:
             return
         answer = CachedAnswer(run.expert, tuple(tuple(chunks) for chunks in run.keep.choices))
-        key = self._answer_key(run.expert, run.plan.call, run.keep.namespace)
+        key = self._answer_key(run.asked, run.plan.call, run.keep.namespace)
         if await self._cache.put(key, answer, run.keep.ttl_s):
             await self._remember(run.keep, run.plan, run.expert)
 
@@ -318,9 +353,9 @@ class Dispatcher:
         builder = AnswerBuilder(call.choices, call.n)
         return Run(plan, answer.expert, "hit", 0, began, time.perf_counter(), resume(batches), builder)
 
-    def _answer_key(self, expert: str, call: Call, namespace: str) -> str:
-        version = self._versions[expert] + self._live.expert(expert).fingerprint
-        return self._cache.key(call.kind, expert, call.identity(), version=version, namespace=namespace)
+    def _answer_key(self, target: Target, call: Call, namespace: str) -> str:
+        version = self._pool.version(target)
+        return self._cache.key(call.kind, target.name, call.identity(), version=version, namespace=namespace)
 
     def _decision_key(self, call: Call, options: Options, slo_ttft_ms: float | None, name: str, policy: Policy) -> str:
         knobs = [options.cost_quality_tradeoff, options.allowed, slo_ttft_ms]
@@ -329,7 +364,7 @@ class Dispatcher:
             call.kind,
             f"{AUTO}:{name}",
             body,
-            version=f"{self._pool_version}/{self._routing.generation}",
+            version=f"{self._pool_version}/{self._pool.generation}/{self._routing.generation}",
             namespace=options.cache.namespace,
         )
 
@@ -343,7 +378,7 @@ class Dispatcher:
             basis = Basis(**said) if said is not None else None
         except (StoreUnavailable, ValueError, TypeError):
             return None
-        if expert not in self._config.experts:
+        if self._pool.known(expert) is None:
             return None
         call, _, flags = take_flags(call)
         return Plan(call, [expert], router, policy, confidence, flags=flags, basis=basis)
@@ -363,19 +398,9 @@ class Dispatcher:
             await self._store.set(f"decision:{keep.decision_key}", data, ttl_s)
 
 
-def _version_of_expert(config: ExpertConfig) -> str:
-    """A hash of what in its configuration bears on its answers; what it is said to cost or to be does not."""
-    said = {"price", "latency", "license", "description", "parameters", "released", "routable", "bytes_per_token"}
-    return _hash(config.model_dump(mode="json", exclude=said))
-
-
 def _version_of_pool(config: Config) -> str:
     """A hash of what in the configuration bears on decisions: experts, policies, router."""
-    return _hash(config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"}))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+    return hash_of(config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"}))
 
 
 def _no_candidate(error: NoCandidate, policy: str) -> ExpertError:

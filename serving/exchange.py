@@ -96,3 +96,6 @@ class Exchange:
         if isinstance(error.__cause__, NoCandidate):
             body["ratings"] = error.__cause__.ratings
         await self.reply(error.status, body, headers)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]  # of one route

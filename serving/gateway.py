@@ -14,25 +14,28 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from signalbox import __version__
 from signalbox.experts.base import ExpertError, InvalidRequest
-from signalbox.serving import live_state
+from signalbox.serving.adapter_api import AdapterApi, takes_adapters
+from signalbox.serving.adapter_registry import deploy_registry
+from signalbox.serving.adapter_table import AdapterTable
 from signalbox.serving.config import Config
 from signalbox.serving.dispatch import AUTO, Dispatcher, Plan, Run
-from signalbox.serving.exchange import ClientGone, Exchange, Headers, Receive, Send
+from signalbox.serving.exchange import ClientGone, Exchange, Handler, Headers, Receive, Send
 from signalbox.serving.expert_deployment import ExpertClient, deploy
 from signalbox.serving.learner import Learner
 from signalbox.serving.live_router import ArtifactWatch
 from signalbox.serving.live_state import LiveState
 from signalbox.serving.outcomes import MAX_BODY_BYTES, Outcomes, parse_feedback
 from signalbox.serving.placement import gpu_shares, gpus_here
+from signalbox.serving.pool import Pool
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
 from signalbox.serving.routing import routing_of
-from signalbox.serving.store import Store, StoreUnavailable
+from signalbox.serving.service_info import ServiceInfo
+from signalbox.serving.store import Store
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -41,17 +44,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_ONGOING = 4096  # requests in one gateway process; the next ones wait in Serve
-DECISIONS = "/v1/decisions/"
-Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class GatewayApp:
-    """The ASGI application. `experts` maps each expert's name to the handle of its deployment.
+    """The ASGI application. `experts` maps each expert's name to the handle of its deployment, and `registry` is the
+    adapter registry's, None where no expert takes adapters.
 
     Raises `ValueError` where the configuration wants an API key and the environment has none.
     """
 
-    def __init__(self, config: Config, store_url: str, experts: Mapping[str, DeploymentHandle[Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store_url: str,
+        experts: Mapping[str, DeploymentHandle[Any]],
+        registry: DeploymentHandle[Any] | None = None,
+    ) -> None:
         self._config = config
         self._key_digest = _key_digest(config)
         self._store = Store(store_url)
@@ -62,23 +70,28 @@ class GatewayApp:
         router = config.routers.get(config.default_router)
         self._watch = ArtifactWatch(self._routing, router.artifact, router.wanted) if router else None
         clients = {name: ExpertClient(name, handle, self._live.doubt) for name, handle in experts.items()}
-        self._dispatcher = Dispatcher(
-            config,
-            experts=clients,
-            live=self._live,
-            routing=self._routing,
-            store=self._store,
-        )
+        self._adapters = AdapterTable(self._store, registry, experts) if registry is not None else None
+        pool = Pool(config, live=self._live, adapters=self._adapters)
+        self._dispatcher = Dispatcher(config, experts=clients, pool=pool, routing=self._routing, store=self._store)
+        self._adapter_api = AdapterApi(config, self._adapters)
+        info = ServiceInfo(config, self._dispatcher, pool, self._live, self._routing, self._store)
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/completions": {"POST": self._completion},
             "/v1/route": {"POST": self._route},
-            "/v1/models": {"GET": self._models},
+            "/v1/models": {"GET": info.models},
             "/v1/outcomes": {"POST": self._outcome},
             "/v1/routers": {"GET": self._routers},
-            "/healthz": {"GET": self._healthz},
-            "/readyz": {"GET": self._readyz},
-            "/version": {"GET": self._version},
+            "/healthz": {"GET": info.healthz},
+            "/readyz": {"GET": info.readyz},
+            "/version": {"GET": info.version},
+            **self._adapter_api.routes,
+        }
+        # Routes with a name at their end.
+        self._prefixes: dict[str, dict[str, Handler]] = {
+            "/v1/models/": {"GET": info.model},
+            "/v1/decisions/": {"GET": self._decision},
+            "/v1/adapters/": self._adapter_api.named,
         }
 
     # -- ASGI --------------------------------------------------------------------------------------------------
@@ -113,6 +126,8 @@ class GatewayApp:
         if self._config.outcomes.learn:
             self._learner.start()
         await self._live.start()
+        if self._adapters is not None:
+            await self._adapters.start()
 
     async def close(self) -> None:
         """Stop what `start` began, and close the store."""
@@ -120,6 +135,8 @@ class GatewayApp:
             await self._watch.close()
         await self._learner.close()
         await self._routing.close()
+        if self._adapters is not None:
+            await self._adapters.close()
         await self._live.close()
         await self._store.close()
 
@@ -142,10 +159,10 @@ class GatewayApp:
     def _handler(self, exchange: Exchange) -> Handler:
         """The route's handler. Raises `InvalidRequest` for unknown routes, wrong methods and wrong keys."""
         methods = self._routes.get(exchange.path)
-        if methods is None and exchange.path.startswith("/v1/models/"):
-            methods = {"GET": self._model}
-        if methods is None and exchange.path.startswith(DECISIONS):
-            methods = {"GET": self._decision}
+        if methods is None:
+            methods = next(
+                (found for prefix, found in self._prefixes.items() if exchange.path.startswith(prefix)), None
+            )
         if methods is None:
             raise InvalidRequest(f"there is no route {exchange.path[:256]}", code="not_found", status=404)
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
@@ -277,7 +294,7 @@ class GatewayApp:
         await exchange.reply(202, await self._outcomes.post(feedback))
 
     async def _decision(self, exchange: Exchange) -> None:
-        await exchange.reply(200, await self._outcomes.decision(exchange.path.removeprefix(DECISIONS)))
+        await exchange.reply(200, await self._outcomes.decision(exchange.path.removeprefix("/v1/decisions/")))
 
     async def _routers(self, exchange: Exchange) -> None:
         """The router that serves, as this gateway has it, and those that are only declared."""
@@ -289,61 +306,6 @@ class GatewayApp:
             kind = known["kind"] or router.kind
             data.append(known | {"name": name, "kind": kind, "default": name == self._config.default_router})
         await exchange.reply(200, {"object": "list", "data": data})
-
-    # -- about the service -------------------------------------------------------------------------------------
-
-    async def _models(self, exchange: Exchange) -> None:
-        data = [self._describe_model(name) for name in self._dispatcher.model_names()]
-        await exchange.reply(200, {"object": "list", "data": data})
-
-    async def _model(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix("/v1/models/")
-        self._dispatcher.policy_of(name)  # raises where there is no such model
-        await exchange.reply(200, self._describe_model(name))
-
-    def _describe_model(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object; what only we tell stands under `signalbox`."""
-        model: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "signalbox"}
-        model |= {"root": name, "parent": None}
-        expert = self._config.experts.get(name)
-        if expert is None:
-            policy_name, policy = self._dispatcher.policy_of(name) or ("", None)
-            said = policy.model_dump(mode="json", exclude_defaults=True) if policy else {}
-            return {**model, "signalbox": {"policy": policy_name, **said}}
-        if expert.released:
-            model["created"] = int(time.mktime(expert.released.timetuple()))
-        live = self._live.expert(name)
-        facts = expert.model_dump(mode="json", include={"engine", "price", "license", "description", "routable"})
-        candidate = live_state.candidate(name, expert, live)
-        facts |= {"parameters": candidate.parameters, "context_length": candidate.context_length}
-        return {**model, "signalbox": facts | {"state": live_state.describe(live)}}
-
-    async def _healthz(self, exchange: Exchange) -> None:
-        await exchange.reply(200, {"status": "ok"})
-
-    async def _readyz(self, exchange: Exchange) -> None:
-        """200 when requests can be answered: the store answers, the router is loaded, and an expert is ready."""
-        try:
-            await self._store.ping()
-            store = "ok"
-        except StoreUnavailable as error:
-            store = str(error)
-        states = {name: self._live.expert(name) for name in self._config.experts}
-        if not self._routing.ready:
-            router = "loading"
-        else:
-            router = self._routing.error or "ok"
-        ready = store == "ok" and self._routing.ready and any(state.ready for state in states.values())
-        body = {
-            "ready": ready,
-            "store": store,
-            "router": router,
-            "experts": {name: live_state.describe(state) for name, state in states.items()},
-        }
-        await exchange.reply(200 if ready else 503, body)
-
-    async def _version(self, exchange: Exchange) -> None:
-        await exchange.reply(200, {"version": __version__})
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -421,8 +383,14 @@ def _log_outcome(exchange: Exchange, call: Call, run: Run | None, outcome: str) 
 class Gateway:
     """The Serve deployment around `GatewayApp`; Serve builds the application inside the replica."""
 
-    def __init__(self, config: Config, store_url: str, experts: dict[str, DeploymentHandle[Any]]) -> None:
-        self._arguments = (config, store_url, experts)
+    def __init__(
+        self,
+        config: Config,
+        store_url: str,
+        experts: dict[str, DeploymentHandle[Any]],
+        registry: DeploymentHandle[Any] | None = None,
+    ) -> None:
+        self._arguments = (config, store_url, experts, registry)
         _leave_request_ids_to_us()
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
@@ -465,4 +433,5 @@ def build_app(config: Config, store_url: str) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=10.0,
     )
-    return gateway(serve.ingress()(Gateway)).bind(config, store_url, experts)
+    registry = deploy_registry(config, store_url, experts) if takes_adapters(config) else None
+    return gateway(serve.ingress()(Gateway)).bind(config, store_url, experts, registry)

@@ -30,6 +30,7 @@ from signalbox.router.base import Prompt
 from signalbox.serving.config import Config
 from signalbox.serving.dispatch import Dispatcher, Run
 from signalbox.serving.live_state import ExpertState, LiveState
+from signalbox.serving.pool import Pool
 from signalbox.serving.protocols.openai import parse_chat, parse_completion
 from signalbox.serving.routing import Routing, Scores
 from signalbox.serving.store import Store
@@ -90,7 +91,7 @@ class Bench:
         self.dispatcher = Dispatcher(
             self.config,
             experts=self.experts,  # type: ignore[arg-type]
-            live=self.live,
+            pool=Pool(self.config, live=self.live),
             routing=self.routing,
             store=store,
         )
