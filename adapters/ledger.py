@@ -57,21 +57,20 @@ class Ledger:
                 await self._reread()
             before = self.records.get(name)
             after = change(before)
+            last = next((record.number for record in (after, before) if record is not None), 0)
             if after is not None and not after.versions:
                 after = None
             if after == before:
                 return after
+            numbers = self.numbers.with_name(name, last) if after is None and last else self.numbers
             try:
-                await self._write(name, before, after)
+                await self._write(name, before, after, numbers)
             except DataLost:
                 await self._restore()
-                await self._write(name, before, after)
+                await self._write(name, before, after, numbers)
             return after
 
-    async def _write(self, name: str, before: Record | None, after: Record | None) -> None:
-        numbers = self.numbers
-        if after is None and before is not None:
-            numbers = numbers.with_name(name, before.number)
+    async def _write(self, name: str, before: Record | None, after: Record | None, numbers: Numbers) -> None:
         entry_before, entry = (served(record) if record is not None else None for record in (before, after))
         self.doubtful = True  # until the store has answered, whatever happens
         try:

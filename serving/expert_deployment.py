@@ -419,7 +419,7 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
     if isinstance(config, LocalExpert) and config.max_adapters:
         from ray.serve.config import RequestRouterConfig
 
-        options["request_router_config"] = RequestRouterConfig(request_router_class=_ROUTER)
+        options["request_router_config"] = RequestRouterConfig(request_router_class=_ROUTER)  # type: ignore[arg-type]
     deployment = serve.deployment(
         name=f"expert-{name}",
         num_replicas=config.replicas if isinstance(config, LocalExpert) else 1,
