@@ -14,6 +14,7 @@ from rich.table import Table
 from signalbox import __version__
 from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import logs
+from signalbox.serving.cli_adapters import adapters_app
 from signalbox.serving.cli_client import chat_command, route_command
 from signalbox.serving.cli_router import router_app
 from signalbox.serving.config import Config, ConfigError, load_config, missing_environment
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # they may hold keys
 )
 app.add_typer(router_app, name="router")
+app.add_typer(adapters_app, name="adapters")
 app.command("route")(route_command)
 app.command("chat")(chat_command)
 

@@ -52,7 +52,7 @@ def checked(reply: httpx.Response) -> dict[str, Any]:
         body = None
     if not isinstance(body, dict):
         raise ServiceError({"message": f"{reply.url} answered {reply.status_code} and no JSON; is it a Signalbox?"})
-    if reply.status_code != 200:
+    if not reply.is_success:
         raise ServiceError(body.get("error") or {"message": f"{reply.url} answered {reply.status_code}"}, body)
     return body
 
