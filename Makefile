@@ -52,6 +52,7 @@ $(VLLM_BIN)/.installed: pyproject.toml requirements/models.txt requirements/vllm
 # The contract of local engines with vLLM as the engine, and what vLLM alone has.
 test-vllm: $(VLLM_BIN)/.installed
 	$(VLLM_BIN)/python -m pytest tests/experts/test_engine_contract.py tests/experts/test_vllm_engine.py \
+	  tests/experts/test_vllm_adapters.py \
 	  tests/serving/test_vllm_service.py
 
 lint: install-test

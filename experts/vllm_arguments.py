@@ -25,6 +25,10 @@ FIELDS = {
     "load_format": "load_format",
     "enable_prefix_caching": "enable_prefix_caching",
     "enforce_eager": "enforce_eager",
+    "enable_lora": "max_adapters",
+    "max_loras": "max_adapters",
+    "max_cpu_loras": "max_adapters",
+    "max_lora_rank": "max_adapter_rank",
 }
 # What this engine decides.
 _OURS = {
@@ -33,6 +37,7 @@ _OURS = {
     "skip_tokenizer_init": "the engine detokenises",
     "disable_log_stats": "the service reads the engine's figures",
     "enable_log_requests": "prompts do not belong in logs",
+    "lora_target_modules": "an adapter would be served without the modules that it leaves out",
 }
 
 

