@@ -61,6 +61,7 @@ class AdapterRegistry:
             reserved=list(config.experts),
             max_adapters=config.adapter_files.max_adapters,
         )
+        self._bases = list(experts)
         self._started = asyncio.Event()
         self._fenced = False
         self._tasks = [asyncio.create_task(self._run(), name="adapter-registry")]
@@ -164,7 +165,10 @@ class AdapterRegistry:
                 await asyncio.sleep(START_PAUSE_S)
         log.info("the adapter registry has taken over, epoch %d", self._records.epoch)
         watch = self._config.adapter_files.watch
-        helpers = [asyncio.create_task(self._register_configured(), name="adapters-configured")]
+        helpers = [
+            asyncio.create_task(self._register_configured(), name="adapters-configured"),
+            asyncio.create_task(asyncio.to_thread(self._warm_up), name="adapters-warm-up"),
+        ]
         if watch is not None:
             watched = WatchedFolder(watch, self._registry)
             helpers.append(asyncio.create_task(watched.run(), name="adapters-watch"))
@@ -205,6 +209,14 @@ class AdapterRegistry:
                 del pending[name]
             if pending or stale:
                 await asyncio.sleep(CONFIG_PAUSE_S)
+
+    def _warm_up(self) -> None:
+        """Build the bases' shapes, which takes seconds (transformers is imported): not while somebody waits for it."""
+        for base in self._bases:
+            try:
+                self._shape(base)
+            except Exception as error:
+                log.warning("the shape of %s cannot be built yet: %s", base, error)
 
     def _shape(self, base: str) -> BaseShape:
         from signalbox.adapters.base_shape import base_shape

@@ -82,24 +82,22 @@ class ExpertDeployment:
         pump = asyncio.create_task(self._pump(self._engine, request, ready, news))
         pump.add_done_callback(lambda _: news.set())
         self._running[request.request_id] = pump
-        use = self._adapters.using(request.adapter)
-        use.__enter__()
         try:
-            while not pump.done():
-                await news.wait()
-                news.clear()
+            with self._adapters.using(request.adapter):
+                while not pump.done():
+                    await news.wait()
+                    news.clear()
+                    if ready:
+                        chunks, ready[:] = list(ready), []
+                        yield chunks
                 if ready:
-                    chunks, ready[:] = list(ready), []
-                    yield chunks
-            if ready:
-                yield ready
-            error = ExpertError("the request was aborted", code="aborted") if pump.cancelled() else pump.result()
-            if error is not None:
-                yield error
+                    yield ready
+                error = ExpertError("the request was aborted", code="aborted") if pump.cancelled() else pump.result()
+                if error is not None:
+                    yield error
         finally:
             self._running.pop(request.request_id, None)
             pump.cancel()
-            use.__exit__(None, None, None)
 
     async def score(self, request: GenerateRequest, reference: str) -> ExpertScore | ExpertError:
         """Likelihood of `reference` as the answer; an `ExpertError` is returned, not raised."""

@@ -1,0 +1,107 @@
+"""Adapters while their service is hurt: what `GET /v1/adapters` says stays true, and all is well again in 30 s."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.adapter_service import AdapterService, Traffic, Truth
+
+pytestmark = [pytest.mark.service, pytest.mark.timeout(420)]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterService]:
+    running = AdapterService(tmp_path_factory.mktemp("faults"))
+    yield running
+    running.stop()
+
+
+def test_a_replica_is_killed_during_a_load(service: AdapterService) -> None:
+    with Truth(service) as truth:
+        victim, other = service.replicas()
+        victim.send_signal(signal.SIGSTOP)  # its load begins and does not end
+        reply = service.add("bank", 1)
+        assert reply.status_code == 202 and reply.json()["phase"] == "staged", reply.text
+        time.sleep(1.0)
+        assert service.record("bank")["phase"] != "ready"
+        victim.kill()
+        service.until("bank", version=1)
+        deadline = time.monotonic() + 30
+        while len(service.replicas()) < 2 or len(service.record("bank")["replicas"]) < 2:  # Serve starts another one
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        service.until("bank", version=1)
+        assert other.is_running() and len(truth.probe()) == 2
+        time.sleep(0.5)
+    assert truth.lies == [] and truth.checks > 20 and "ready" in truth.phases
+    assert service.says("bank") != service.says("tiny")
+
+
+def test_the_registry_is_killed_during_switches(service: AdapterService) -> None:
+    """At several moments after an update was accepted; requests go on, and get the old version or the new one."""
+    service.add("switch", 10)
+    service.until("switch")
+    texts = [service.says("switch")]
+    with Truth(service) as truth, Traffic(service, "switch") as traffic:
+        for round, delay_s in enumerate((0.0, 0.05, 0.15), 1):
+            registry = service.registry()
+            reply = service.add("switch", 10 + round)
+            assert reply.status_code == 202, reply.text
+            time.sleep(delay_s)
+            registry.kill()
+            took = service.until("switch", version=reply.json()["version"])
+            assert took < 30
+            texts.append(service.says("switch"))
+        time.sleep(1.0)
+    assert truth.lies == [] and truth.checks > 20
+    assert len(set(texts)) == 4  # each version says something else
+    assert {status for _, _, status, _ in traffic.answers} == {200}, traffic.answers
+    order = [texts.index(text) for _, _, _, text in sorted(traffic.answers)]
+    assert set(order) == {0, 1, 2, 3}
+    for began, _, _, text in traffic.answers:  # no request that began after an answer of a newer version got an older
+        newer = [end for _, end, _, other in traffic.answers if texts.index(other) > texts.index(text)]
+        assert all(end >= began for end in newer)
+    held = {v for report in _probe(service).values() for v in report["adapters"] if v.startswith("switch@")}
+    assert len(held) == 1
+
+
+def test_the_store_stops_for_ten_seconds_during_traffic(service: AdapterService) -> None:
+    service.add("steady", 20)
+    service.until("steady")
+    before = service.says("steady")
+    with Truth(service) as truth, Traffic(service, "steady") as traffic:
+        valkey = service.valkey()
+        valkey.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        refused = service.add("steady", 21)
+        assert refused.status_code == 503 and "Retry-After" in refused.headers, refused.text
+        while time.monotonic() - stopped < 10:
+            time.sleep(0.2)
+        during = [a for a in traffic.answers if stopped < a[0] and a[1] < time.monotonic()]
+        assert during and {status for _, _, status, _ in during} == {200}
+        assert {text for _, _, _, text in during} == {before}
+        records = {record["name"]: record for record in service.client.get("/v1/adapters").json()["data"]}
+        assert records["steady"]["store"] == "lost" and records["steady"]["phase"] == "ready"
+        valkey.send_signal(signal.SIGCONT)
+        back = time.monotonic()
+        while (reply := service.add("steady", 22)).status_code == 503:
+            assert time.monotonic() - back < 30
+            time.sleep(0.5)
+        assert reply.status_code == 202, reply.text
+        service.until("steady", version=reply.json()["version"])
+        assert time.monotonic() - back < 30
+        after = service.says("steady")
+        time.sleep(1.0)
+    assert truth.lies == [] and truth.checks > 20
+    assert {status for _, _, status, _ in traffic.answers} == {200}
+    assert after != before and {text for _, _, _, text in traffic.answers} >= {before, after}
+
+
+def _probe(service: AdapterService) -> dict[str, dict[str, object]]:
+    with Truth(service) as truth:
+        time.sleep(0.5)
+    return truth.last  # type: ignore[return-value]
