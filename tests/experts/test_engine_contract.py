@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from signalbox.experts.base import (
+    AdapterNotLoaded,
     Chunk,
     ContextLengthExceeded,
     ExpertError,
@@ -29,6 +30,9 @@ from signalbox.experts.base import (
 from signalbox.experts.catalog import TransformersExpert, VllmExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import installed
+from tests.adapters.folders import lora_config, lora_tensors, make_lora, write_lora
+from tests.adapters.test_layers import ALL, merged
+from tests.adapters.test_layers import make as make_kind
 from tests.tiny_models import save_tiny
 
 PROMPTS = [
@@ -358,3 +362,131 @@ async def test_a_model_that_cannot_load_is_a_readable_error(folder: Path, tmp_pa
     (broken / "config.json").write_text("{}")
     with pytest.raises(ExpertUnavailable, match="safetensors"):
         await make("broken", broken).start()
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+async def adapted(folder: Path) -> AsyncIterator[Any]:
+    """An engine with two slots, both free at a test's begin and end."""
+    engine = make("adapted", folder, max_adapters=2, max_adapter_rank=8)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+def strong(path: Path, base: Path, seed: int = 0) -> str:
+    """An adapter of all linears that changes every answer."""
+    tensors = lora_tensors(base, targets=ALL, seed=seed, scale=0.3)
+    return str(write_lora(path, tensors, lora_config(target_modules=list(ALL))))
+
+
+def of_adapter(adapter: str | None, prompt: str = "the fox", tokens: int = 16) -> GenerateRequest:
+    request = ask(prompt, max_tokens=tokens, ignore_eos=True)
+    request.adapter = adapter
+    return request
+
+
+async def test_adapters_and_base_answer_in_one_batch_as_merged_models(
+    folder: Path, adapted: Any, tmp_path: Path
+) -> None:
+    """Two adapters of different rank and targets beside the base, against weights merged in plain transformers."""
+    models = {"base": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
+    for kind in ("few", "all"):
+        path = make_kind(tmp_path / kind, folder, kind, scale=0.3)
+        models[kind] = merged(folder, path, kind)
+        await adapted.load(f"{kind}@1", str(path))
+    assert sorted(adapted.adapters()) == ["all@1", "few@1"]
+    cases = [(kind, prompt) for prompt in PROMPTS[:3] for kind in models]
+    answers = await asyncio.gather(
+        *(collect(adapted, of_adapter(None if kind == "base" else f"{kind}@1", prompt)) for kind, prompt in cases)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for (kind, prompt), chunks in zip(cases, answers, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = models[kind].generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert tokens_of(chunks) == out[0, ids.shape[1] :].tolist(), (kind, prompt)
+    assert len({tuple(tokens_of(chunks)) for chunks in answers[:3]}) == 3
+    for kind in ("few", "all"):
+        await adapted.unload(f"{kind}@1")
+    assert list(adapted.adapters()) == []
+
+
+async def test_unloading_waits_for_open_requests_and_takes_no_more(folder: Path, adapted: Any, tmp_path: Path) -> None:
+    await adapted.load("a@1", strong(tmp_path / "a", folder))
+    alone = tokens_of(await collect(adapted, of_adapter("a@1", tokens=300)))
+    stream = adapted.generate(of_adapter("a@1", tokens=300))
+    chunks = [await anext(stream)]
+    assert adapted.state().adapters == {"a@1": 1} and adapted.state().max_adapters == 2
+    unloading = asyncio.create_task(adapted.unload("a@1"))
+    await asyncio.sleep(0.01)
+    assert not unloading.done() and "a@1" not in adapted.adapters()
+    with pytest.raises(AdapterNotLoaded):
+        await collect(adapted, of_adapter("a@1"))
+    chunks += [chunk async for chunk in stream]
+    assert tokens_of(chunks) == alone
+    await asyncio.wait_for(unloading, 10)
+    assert adapted.state().adapters == {}
+    await adapted.unload("a@1")  # nothing to do
+    with pytest.raises(AdapterNotLoaded) as caught:
+        await collect(adapted, of_adapter("a@1"))
+    assert caught.value.status == 503
+
+
+async def test_a_new_version_is_loaded_beside_the_old(folder: Path, adapted: Any, tmp_path: Path) -> None:
+    paths = [strong(tmp_path / str(i), folder, seed=i) for i in (1, 2)]
+    await adapted.load("a@1", paths[0])
+    old = tokens_of(await collect(adapted, of_adapter("a@1")))
+    running = asyncio.create_task(collect(adapted, of_adapter("a@1", tokens=100)))
+    await adapted.load("a@2", paths[1])
+    new = tokens_of(await collect(adapted, of_adapter("a@2")))
+    assert new != old and tokens_of(await running)[:16] == old
+    await adapted.unload("a@1")
+    assert tokens_of(await collect(adapted, of_adapter("a@2"))) == new
+    await adapted.load("a@3", paths[0])  # into the slot that the first one had
+    assert tokens_of(await collect(adapted, of_adapter("a@3"))) == old
+    for version in ("a@2", "a@3"):
+        await adapted.unload(version)
+
+
+async def test_slots_are_bounded_and_names_are_used_once(folder: Path, adapted: Any, tmp_path: Path) -> None:
+    path = str(make_lora(tmp_path / "a", folder))
+    for name in ("a@1", "a@2"):
+        await adapted.load(name, path)
+    with pytest.raises(QueueFull) as full:
+        await adapted.load("a@3", path)
+    assert full.value.status == 429
+    with pytest.raises(InvalidRequest):
+        await adapted.load("a@2", path)
+    assert sorted(adapted.adapters()) == ["a@1", "a@2"]
+    for name in ("a@1", "a@2"):
+        await adapted.unload(name)
+    await adapted.load("a@3", path)
+    await adapted.unload("a@3")
+
+
+async def test_a_broken_adapter_is_refused_by_its_tensor(folder: Path, adapted: Any, tmp_path: Path) -> None:
+    tensors = lora_tensors(folder)
+    key = next(key for key in tensors if "layers.1." in key and "lora_B" in key)
+    tensors[key][3, 2] = float("nan")
+    for i in range(3):  # more often than there are slots
+        with pytest.raises(InvalidRequest) as caught:
+            await adapted.load(f"bad@{i}", str(write_lora(tmp_path / "bad", tensors)))
+        assert caught.value.status == 422 and caught.value.param == key and not caught.value.retryable
+    with pytest.raises(InvalidRequest) as caught:
+        await adapted.load("high@1", str(make_lora(tmp_path / "high", folder, rank=9)))
+    assert caught.value.status == 422
+    with pytest.raises(InvalidRequest) as caught:
+        await adapted.load("absent@1", str(tmp_path / "absent"))
+    assert caught.value.status == 422
+    assert list(adapted.adapters()) == []
+    await adapted.load("good@1", str(make_lora(tmp_path / "good", folder)))
+    await adapted.unload("good@1")
+
+
+async def test_an_engine_without_slots_takes_no_adapters(folder: Path, engine: Any, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="max_adapters"):
+        await engine.load("a@1", str(make_lora(tmp_path / "a", folder)))
+    await engine.unload("a@1")
+    assert list(engine.adapters()) == [] and engine.state().max_adapters == 0
