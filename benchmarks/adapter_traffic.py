@@ -70,8 +70,8 @@ class Traffic:
         return await self._until(name, lambda asked: asked.first > 0)
 
     async def _until(self, name: str, holds: Callable[[Asked], bool]) -> int:
-        while not all(holds(asked) for asked in self.running.values() if asked.name == name):
-            await asyncio.sleep(0.002)  # noqa: ASYNC110 clients come and go by the dozen
+        while not all(holds(asked) for asked in self.running.values() if asked.name == name):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
         return sum(asked.name == name for asked in self.running.values())
 
     async def _client(self, client: httpx.AsyncClient, number: int, rng: random.Random) -> None:
