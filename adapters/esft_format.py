@@ -82,10 +82,9 @@ class EsftAdapter:
     def facts(self) -> AdapterFacts:
         """Reads every tensor once, for its values and the content's hash; one tensor in memory at a time."""
         digest = ContentHash({"kind": "esft", "experts": {str(layer): ids for layer, ids in self.experts.items()}})
-        named = sorted((f"{layer}.{expert}.{part}", place) for place in self._places for layer, expert, part in [place])
+        named = {f"{layer}.{expert}.{part}": found for (layer, expert, part), found in self._places.items()}
         nbytes = parameters = 0
-        for name, place in named:
-            file, entry = self._places[place]
+        for name, (file, entry) in sorted(named.items()):
             data = file.read_bytes(entry)
             check_finite(entry, tensor_of(entry, data))
             digest.add(name, entry, data)

@@ -44,13 +44,13 @@ _VARIANTS = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class _Pair:
     """The two tensors of one module, as declared; `spelled` is the module's name in the file."""
 
     spelled: str
-    a: TensorEntry | None = None
-    b: TensorEntry | None = None
+    a: TensorEntry
+    b: TensorEntry
 
 
 def read_lora(path: Path, base: BaseShape, limits: Limits) -> LoraAdapter:
@@ -84,7 +84,8 @@ def _open_weights(folder: AdapterFolder) -> SafetensorsFile:
 
 def _paired(file: SafetensorsFile, base: BaseShape) -> dict[str, _Pair]:
     """The file's tensors by the base's name of their module, in the order of the names."""
-    pairs: dict[str, _Pair] = {}
+    found: dict[str, dict[str, TensorEntry]] = {}
+    spelled: dict[str, str] = {}
     adapters: set[str | None] = set()
     for entry in file.entries.values():
         key = entry.name
@@ -103,18 +104,15 @@ def _paired(file: SafetensorsFile, base: BaseShape) -> dict[str, _Pair]:
         if module is None:
             near = _nearest(match["module"], base)
             _refuse("unknown_module", entry.name, f"is for a module that the base {base.model} does not have{near}")
-        pair = pairs.setdefault(module, _Pair(match["module"]))
-        side = match["side"].lower()
-        if getattr(pair, side) is not None:
-            _refuse("duplicate_tensor", entry.name, f"is there twice, the other time as {getattr(pair, side).name}")
-        setattr(pair, side, entry)
-    for pair in pairs.values():
-        if pair.a is None or pair.b is None:
-            has, lacks = ("lora_A", "lora_B") if pair.b is None else ("lora_B", "lora_A")
-            lone = pair.a or pair.b
-            assert lone is not None
-            _refuse("unpaired", lone.name, f"is a {has} whose {lacks} is missing")
-    return dict(sorted(pairs.items()))
+        sides = found.setdefault(module, {})
+        if (other := sides.get(match["side"])) is not None:
+            _refuse("duplicate_tensor", entry.name, f"is there twice, the other time as {shown(other.name)}")
+        sides[match["side"]], spelled[module] = entry, match["module"]
+    for sides in found.values():
+        if len(sides) == 1:
+            has, lacks = ("lora_A", "lora_B") if "A" in sides else ("lora_B", "lora_A")
+            _refuse("unpaired", next(iter(sides.values())).name, f"is a {has} whose {lacks} is missing")
+    return {module: _Pair(spelled[module], sides["A"], sides["B"]) for module, sides in sorted(found.items())}
 
 
 def _module_of(spelled: str, base: BaseShape) -> str | None:
@@ -136,7 +134,6 @@ def _nearest(spelled: str, base: BaseShape) -> str:
 def _check_targets(pairs: dict[str, _Pair], matcher: Matcher, base: BaseShape) -> None:
     for module, pair in pairs.items():
         if not matcher.targeted(module) and not matcher.targeted(pair.spelled):
-            assert pair.a is not None
             _refuse("not_targeted", pair.a.name, "is for a module that adapter_config.json does not target")
     wanted = [module for module in base.linears if matcher.targeted(module)]
     for module in wanted:
@@ -156,7 +153,6 @@ def _check_targets(pairs: dict[str, _Pair], matcher: Matcher, base: BaseShape) -
 
 
 def _check_shapes(module: str, pair: _Pair, matcher: Matcher, base: BaseShape, limits: Limits) -> None:
-    assert pair.a is not None and pair.b is not None
     rank = matcher.rank(module)
     if rank > limits.max_rank:
         raise AdapterError(
@@ -184,7 +180,6 @@ def _read(file: SafetensorsFile, pairs: dict[str, _Pair], matcher: Matcher, path
     for module, pair in pairs.items():
         tensors = []
         for side, entry in (("lora_A", pair.a), ("lora_B", pair.b)):
-            assert entry is not None
             data = file.read_bytes(entry)
             tensor = tensor_of(entry, data)
             check_finite(entry, tensor)
