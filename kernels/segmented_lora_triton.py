@@ -3,8 +3,10 @@
 Imported only where they run, so that machines without Triton need none. The grid is the step's tiles: rows of one
 adapter, at most a tile's height. Shrink splits the inner dimension over programs when rows are few; each writes its
 partial sum and expand adds them up, so that nothing is zeroed before, no atomics are used and the result is the same
-every time. What is compiled depends on the dtype, on the highest rank allowed and on which of three sizes the batch
-has, never on which adapters are loaded or used. Nothing waits for the host.
+every time. What is compiled depends on the linear's shape, the dtype and which of three sizes the batch has, never on
+which adapters are loaded or used. Nothing waits for the host.
+
+Measured as it stands (benchmarks/results/segmented_lora.json): change it together with a new measurement.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,7 +25,7 @@ DECODE_ROWS = 64
 MAX_SLICES = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t_slice", "t_split"])
 def shrink_kernel(
     x,
     a,
@@ -36,8 +38,8 @@ def shrink_kernel(
     a_slot,
     t_slice,
     t_split,
-    width,
-    features,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -61,18 +63,18 @@ def shrink_kernel(
     k = tl.arange(0, BLOCK_K)
     rows = tl.load(order + start + m, mask=m < count, other=0).to(tl.int64)
     x_at = x + rows[:, None] * x_row + k[None, :]
-    a_at = a + part.to(tl.int64) * a_slice + slot.to(tl.int64) * a_slot + r[:, None] * features + k[None, :]
+    a_at = a + part.to(tl.int64) * a_slice + slot.to(tl.int64) * a_slot + r[:, None] * K + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(split * BLOCK_K, features, SPLIT_K * BLOCK_K):
-        inside = k[None, :] < features - k0
+    for k0 in range(split * BLOCK_K, K, SPLIT_K * BLOCK_K):
+        inside = k[None, :] < K - k0
         xs = tl.load(x_at + k0, mask=(m[:, None] < count) & inside, other=0.0)
         rs = tl.load(a_at + k0, mask=(r[:, None] < rank) & inside, other=0.0)
         acc = tl.dot(xs, tl.trans(rs), acc, input_precision="ieee")
-    t_at = t + split * t_split + part * t_slice + (start + m)[:, None] * width + r[None, :]
+    t_at = t + split * t_split + part * t_slice + (start + m)[:, None] * WIDTH + r[None, :]
     tl.store(t_at, acc, mask=(m[:, None] < count) & (r[None, :] < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t_slice", "t_split"])
 def expand_kernel(
     t,
     b,
@@ -84,10 +86,10 @@ def expand_kernel(
     b_slot,
     t_slice,
     t_split,
-    width,
-    features,
-    end_0,
-    end_1,
+    OUT: tl.constexpr,
+    END_0: tl.constexpr,
+    END_1: tl.constexpr,
+    WIDTH: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -104,7 +106,7 @@ def expand_kernel(
     rank = tl.load(ranks + slot)
     if rank == 0:
         return
-    part = (n0 >= end_0).to(tl.int32) + (n0 >= end_1).to(tl.int32)
+    part = (n0 >= END_0).to(tl.int32) + (n0 >= END_1).to(tl.int32)
     m = tl.arange(0, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
     rr = tl.arange(0, BLOCK_R)
@@ -113,15 +115,15 @@ def expand_kernel(
     for r0 in range(0, rank, BLOCK_R):
         r = r0 + rr
         inside = (m[:, None] < count) & (r[None, :] < rank)
-        t_at = t + part * t_slice + (start + m)[:, None] * width + r[None, :]
+        t_at = t + part * t_slice + (start + m)[:, None] * WIDTH + r[None, :]
         inner = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for split in tl.static_range(SPLIT_K):
             inner += tl.load(t_at + split * t_split, mask=inside, other=0.0)
-        b_at = b + slot.to(tl.int64) * b_slot + r[:, None] * features + n[None, :]
-        bs = tl.load(b_at, mask=(r[:, None] < rank) & (n[None, :] < features), other=0.0)
+        b_at = b + slot.to(tl.int64) * b_slot + r[:, None] * OUT + n[None, :]
+        bs = tl.load(b_at, mask=(r[:, None] < rank) & (n[None, :] < OUT), other=0.0)
         acc = tl.dot(inner.to(bs.dtype), bs, acc, input_precision="ieee")
     y_at = y + rows[:, None] * y_row + n[None, :]
-    mask = (m[:, None] < count) & (n[None, :] < features)
+    mask = (m[:, None] < count) & (n[None, :] < OUT)
     tl.store(y_at, (tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=mask)
 
 
@@ -156,15 +158,15 @@ def add_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, segments: Segmen
     order, tiles = segments.order, segments.tiles
     assert order is not None and tiles is not None
     slices, _, max_rank, in_features = weights.a.shape
-    out = weights.b.shape[2]
+    out, width = weights.b.shape[2], max_rank
     sizes: dict[str, Any] = blocks_of(segments.count, max_rank, in_features, weights.outs)
     if not len(tiles):
         return
     split_k, block_k, block_n = sizes["SPLIT_K"], sizes.pop("BLOCK_K"), sizes.pop("BLOCK_N")
-    # Strides in multiples of 16 whatever the rank: Triton compiles for what it knows of its arguments' divisors.
-    t = torch.empty(split_k, slices, len(order), -(-max_rank // 16) * 16, dtype=torch.float32, device=x.device)
+    t = torch.empty(split_k, slices, len(order), width, dtype=torch.float32, device=x.device)
+    rank_blocks = triton.cdiv(max_rank, sizes["BLOCK_R"])
     common = (order, tiles, weights.ranks)
-    shrink_kernel[(split_k * triton.cdiv(max_rank, sizes["BLOCK_R"]), slices, len(tiles))](
+    shrink_kernel[(split_k * rank_blocks, slices, len(tiles))](
         x,
         weights.a,
         t,
@@ -174,8 +176,8 @@ def add_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, segments: Segmen
         weights.a.stride(1),
         t.stride(1),
         t.stride(0),
-        t.stride(2),
-        in_features,
+        K=in_features,
+        WIDTH=width,
         BLOCK_K=block_k,
         num_warps=4,
         num_stages=3,
@@ -191,10 +193,10 @@ def add_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, segments: Segmen
         weights.b.stride(0),
         t.stride(1),
         t.stride(0),
-        t.stride(2),
-        out,
-        ends[0],
-        ends[1],
+        OUT=out,
+        END_0=ends[0],
+        END_1=ends[1],
+        WIDTH=width,
         BLOCK_N=block_n,
         num_warps=4,
         **sizes,
