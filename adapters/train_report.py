@@ -22,7 +22,8 @@ def wilson(hits: int, rows: int) -> tuple[float, float]:
     share, spread = hits / rows, Z * Z / rows
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Exact at the ends, where rounding would leave the share itself outside.
+    return (max(0.0, middle - half) if hits else 0.0), (min(1.0, middle + half) if hits < rows else 1.0)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:

@@ -180,6 +180,12 @@ def train_adapter(base: Base, recipe: Recipe, out: Path, effort: Effort, watch: 
     options = recipe.hyperparameters()
     model = load_base(base, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     trials = []
+    if recipe.search and device.type == "cuda":
+        # A GPU's first steps take seconds, which would be taken from the first trial's minutes alone.
+        warm = replace(options, steps=2)
+        adapted = training.attach(model, warm, base.reference)
+        training.fit(adapted, train, validation, warm, codec)
+        model = adapted.unload()
     for number, trial in enumerate(recipe.search, 1):
         changed = replace(options, **trial.model_dump(exclude_none=True))
         tried = training.shortened(changed, recipe.search_steps, effort.search_minutes)
