@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.report import ROOT, Row, print_table, write_results
+from signalbox.adapters.train_data import held_out
 from signalbox.router import train as training
 from signalbox.router.artifact import load_predictor, read_artifact
 from signalbox.router.encoder import load_encoder
@@ -31,12 +32,20 @@ from signalbox.serving.config import load_config
 DATA = ROOT.parent / "shared" / "data"
 # mmlu_pro gives prose alone: the narratives of its questions.
 TEXTS = (DATA / "tasks", DATA / "routing" / "mmlu_pro.parquet")
+ADAPTED = {"banking77", "clinc150", "gsm8k"}  # tasks of the pool's adapters
 console = Console(stderr=True)
 
 
 def gather_texts(rows_per_task: int) -> list[Text]:
-    """The tasks' texts and as many sums. Raises `TableError` where ../shared/data is absent."""
-    return [*read_texts(TEXTS, rows_per_task), *arithmetic_texts(rows_per_task)]
+    """The tasks' texts and as many sums; of the adapters' tasks only rows that they were not trained on.
+
+    Raises `TableError` where ../shared/data is absent.
+    """
+    chosen: dict[str, list[Text]] = {}
+    for text in read_texts(TEXTS):
+        if text.task not in ADAPTED or held_out(text.text):
+            chosen.setdefault(text.task, []).append(text)
+    return [*(t for texts in chosen.values() for t in texts[:rows_per_task]), *arithmetic_texts(rows_per_task)]
 
 
 def results(result: Evaluation, name: str) -> list[Row]:
@@ -117,6 +126,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the artifact")] = ROOT / "routers" / "quickstart",
     table: Annotated[Path, typer.Option(help="table of losses")] = ROOT / ".run" / "router_quickstart.parquet",
     reuse: Annotated[bool, typer.Option(help="train on the table as it is there, without collecting")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="texts in flight at one expert")] = 8,
     name: Annotated[str, typer.Option(help="name of the result file")] = "router_quickstart",
 ) -> None:
     """Collect, train, evaluate; a run that was stopped goes on where it was."""
@@ -130,7 +140,7 @@ def main(
         console.print(f"{len(texts)} texts of {len({t.task for t in texts})} tasks, {len(experts)} experts")
         # Kept after the run: a later one with more rows a task measures only the new ones.
         journal = table.with_name(f"{table.name}.partial.jsonl")
-        collected = asyncio.run(collect_pool(experts, texts, journal))
+        collected = asyncio.run(collect_pool(experts, texts, journal, concurrency))
         write_table(collected.table, table)
         for failure in collected.failures[:5]:
             console.print(f"failed: {failure.expert} on {failure.prompt_id}: {failure.error}", markup=False)
