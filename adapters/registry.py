@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import NoReturn
 
 from signalbox.adapters import transitions
 from signalbox.adapters.base import AdapterError
@@ -78,6 +77,7 @@ class Registry:
             residency_s=residency_s,
         )
         self._swept = clock()
+        self._closed = False
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -86,9 +86,9 @@ class Registry:
         await self._ledger.open()
         await self._reconciler.observe()
 
-    async def run(self) -> NoReturn:
-        """Reconcile for ever. Raises `Fenced` when a newer registry has taken over."""
-        while True:
+    async def run(self) -> None:
+        """Reconcile until `close`. Raises `Fenced` when a newer registry has taken over."""
+        while not self._closed:
             try:
                 await self.tick()
             except StoreLost:
@@ -117,6 +117,7 @@ class Registry:
 
     async def close(self) -> None:
         """Stop what is being done from here; replicas finish what they have begun."""
+        self._closed = True
         for task in self._takes.values():
             task.cancel()
         await asyncio.gather(*self._takes.values(), return_exceptions=True)

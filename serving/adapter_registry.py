@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ class AdapterRegistry:
             max_adapters=config.adapter_files.max_adapters,
         )
         self._bases = list(experts)
+        self._importing = threading.Lock()
         self._started = asyncio.Event()
         self._fenced = False
         self._tasks = [asyncio.create_task(self._run(), name="adapter-registry")]
@@ -99,10 +101,10 @@ class AdapterRegistry:
 
     async def close(self) -> None:
         """Stop; what replicas are doing goes on, and a successor takes over."""
+        await self._registry.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._registry.close()
         await self._store.close()
 
     # -- inside ------------------------------------------------------------------------------------------------
@@ -223,7 +225,8 @@ class AdapterRegistry:
 
         expert = self._config.experts[base]
         assert isinstance(expert, LocalExpert)
-        return base_shape(resolve(expert.model, weights=expert.has_weights).path)
+        with self._importing:  # transformers cannot be imported by two threads at once
+            return base_shape(resolve(expert.model, weights=expert.has_weights).path)
 
 
 def storage_folder(config: Config, store_url: str) -> Path:

@@ -39,6 +39,7 @@ RECORDS = "adapters:records"
 GATEWAYS = "adapters:gateways"
 
 LOOK_S = 0.1  # between two looks at the generation where no request makes one
+LOST_WAIT_S = 0.05  # that a request waits for a store that is lost
 PUBLISH_S = 0.25  # between two reports where nothing has changed
 GATEWAYS_EXPIRY_S = 60.0  # of all reports, when the last gateway is gone
 ADD_S = 600.0  # an adapter of gigabytes is read and copied before it is accepted
@@ -69,6 +70,7 @@ class AdapterTable:
         self._next: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False  # the client's use of `asyncio.wait_for` may swallow a cancellation (Python 3.11)
         self._records: dict[str, Record] = {}
         self.store_error: str | None = None
 
@@ -84,6 +86,7 @@ class AdapterTable:
 
     async def close(self) -> None:
         """Stop, and withdraw this gateway's report."""
+        self._closed = True
         reader = [self._reader] if self._reader else []
         for task in (*self._tasks, *reader):
             task.cancel()
@@ -229,10 +232,18 @@ class AdapterTable:
             self._next = asyncio.get_running_loop().create_future()
             if self._reader is None or self._reader.done():
                 self._reader = asyncio.create_task(self._read_all(), name="adapters-read")
-        await asyncio.shield(self._next)
+        read = asyncio.shield(self._next)
+        if self.store_error is None:
+            await read
+            return
+        # With the store lost nobody waits long for it. That is safe: the registry makes no switch before this gateway
+        # has published again, and publishing clears the error.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOST_WAIT_S):
+                await read
 
     async def _read_all(self) -> None:
-        while self._next is not None:
+        while self._next is not None and not self._closed:
             asked, self._next = self._next, None
             try:
                 await self._read()
@@ -261,14 +272,14 @@ class AdapterTable:
         self._news.set()
 
     async def _keep_looking(self) -> None:
-        while True:
+        while not self._closed:
             await asyncio.sleep(LOOK_S)
             await self._refresh()
 
     # -- inside: publishing ------------------------------------------------------------------------------------
 
     async def _keep_publishing(self) -> None:
-        while True:
+        while not self._closed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PUBLISH_S):
                     await self._news.wait()
@@ -285,3 +296,4 @@ class AdapterTable:
         self._published += 1
         report = {"generation": self._generation, "in_flight": self._in_flight, "sequence": self._published}
         await self._store.hset(GATEWAYS, {self._id: orjson.dumps(report)}, ttl_s=GATEWAYS_EXPIRY_S)
+        self.store_error = None

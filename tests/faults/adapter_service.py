@@ -69,6 +69,10 @@ class AdapterService:
             self.process.kill()
             self.process.wait()
 
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text()[-6000:]
+
     # -- processes ---------------------------------------------------------------------------------------------
 
     def pids(self, part: str) -> list[psutil.Process]:
@@ -111,7 +115,7 @@ class AdapterService:
             record = self.record(name)
             if record["phase"] == phase and version in (None, record.get("version")):
                 return time.monotonic() - began
-            assert time.monotonic() - began < within_s, f"{record}\n{self.log.read_text()[-4000:]}"
+            assert time.monotonic() - began < within_s, f"{record}\n{self.tail()}"
             time.sleep(0.1)
 
     def ask(self, model: str, *, timeout_s: float = 30.0) -> httpx.Response:
