@@ -10,12 +10,17 @@ MIN_RESIDENCY_S = 1.0  # an adapter that was just loaded stays so long: a reques
 
 
 def choose_targets(
-    before: Sequence[str], wanted: int | None, live: Mapping[str, ReplicaReport], silent: Collection[str]
+    before: Sequence[str],
+    wanted: int | None,
+    live: Mapping[str, ReplicaReport],
+    silent: Collection[str],
+    shares: Mapping[str, int],
 ) -> tuple[str, ...]:
     """Ids of the replicas that shall hold a version.
 
     `wanted` None: all that are live, and those of `before` that are silent for a moment only. Otherwise so many: those
-    that were chosen before stay chosen while they are live or briefly silent, others come in by their free slots.
+    that were chosen before stay chosen while they are live or briefly silent, others come in by their free slots, which
+    `shares` tells: how many versions each replica holds or shall hold.
     """
     kept = [replica for replica in before if replica in live or replica in silent]
     if wanted is None:
@@ -23,7 +28,7 @@ def choose_targets(
     kept = kept[:wanted]
     others = sorted(
         (report for report in live.values() if report.replica_id not in kept),
-        key=lambda report: (len(report.adapters) - report.max_adapters, report.replica_id),
+        key=lambda report: (shares.get(report.replica_id, 0) - report.max_adapters, report.replica_id),
     )
     return tuple(kept + [report.replica_id for report in others[: wanted - len(kept)]])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
 from typing import Any
@@ -170,7 +171,8 @@ class Reconciler:
         reports = self._reports.get(record.base, {})
         live = {replica: report for replica, report in reports.items() if report.ready}
         silent = {replica for base, replica in self._seen if base == record.base} - set(reports)
-        targets = choose_targets(version.targets, record.replicas, live, silent)
+        shares = self._shares(record.base) if record.replicas is not None else {}
+        targets = choose_targets(version.targets, record.replicas, live, silent, shares)
         confirmed = [replica for replica in targets if replica in live and self._confirmed(live[replica], vid)]
         complete = bool(targets) and len(confirmed) == len(targets)
         serving = number == record.current
@@ -188,6 +190,17 @@ class Reconciler:
         for replica in targets:
             if replica in live and replica not in confirmed:
                 await self._load(name, number, live[replica], live)
+
+    def _shares(self, base: str) -> Counter[str]:
+        """How many versions each replica shall hold."""
+        return Counter(
+            replica
+            for record in self._ledger.records.values()
+            if record.base == base
+            for version in record.versions
+            if version.phase in ("staged", "ready") and not self._is_evicted(record, version)
+            for replica in version.targets
+        )
 
     def _may_switch(self) -> bool:
         """Whether every gateway will see a switch: none may be about to go on with what it saw last."""

@@ -42,6 +42,7 @@ LOOK_S = 0.1  # between two looks at the generation where no request makes one
 LOST_WAIT_S = 0.05  # that a request waits for a store that is lost
 PUBLISH_S = 0.25  # between two reports where nothing has changed
 GATEWAYS_EXPIRY_S = 60.0  # of all reports, when the last gateway is gone
+ACCEPT_S = 20.0  # that a registry which has died has to come back
 ADD_S = 600.0  # an adapter of gigabytes is read and copied before it is accepted
 CALL_S = 30.0
 ENSURE_S = 30.0  # that a request waits for an evicted adapter
@@ -214,6 +215,8 @@ class AdapterTable:
             raise ExpertUnavailable("this service has no adapter registry")
         response = self._registry.options(method_name=method).remote(*arguments)
         try:
+            async with asyncio.timeout(ACCEPT_S):  # Serve holds the call back until there is a registry
+                await response._fetch_future_result_async()
             async with asyncio.timeout(timeout_s):
                 answer = await response
         except Exception as error:

@@ -306,7 +306,7 @@ async def test_adapters_of_few_replicas_are_spread() -> None:
     run = await running(replicas=3, slots=4)
     for i in range(6):
         await run.registry.add(f"a{i}", "base", f"h{i}", replicas=1)
-        await run.ticks(3)
+    await run.ticks(3)
     assert [len(r.held) for r in run.world.replicas["base"].values()] == [2, 2, 2]
 
 

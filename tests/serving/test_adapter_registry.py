@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,24 @@ class InProcess:
         handle.method = method_name
         return handle
 
-    def remote(self, *arguments: Any) -> asyncio.Task[Any]:
-        return asyncio.create_task(getattr(self.object, self.method)(*arguments))
+    def remote(self, *arguments: Any) -> Response:
+        return Response(getattr(self.object, self.method)(*arguments))
+
+
+class Response:
+    """In the place of Serve's `DeploymentResponse`."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.create_task(work)
+
+    async def _fetch_future_result_async(self) -> None:
+        pass
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
 
 
 @dataclass

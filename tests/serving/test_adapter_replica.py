@@ -1,4 +1,4 @@
-"""A replica's adapters, with a scripted engine: what a real one does only rarely (be slow, full, wrong, started anew)."""
+"""A replica's adapters, with a scripted engine: what a real one does only rarely (slow, full, wrong, started anew)."""
 
 from __future__ import annotations
 
