@@ -59,6 +59,7 @@ class AdapterApi:
         await exchange.reply(200, records[0])
 
     async def _add(self, exchange: Exchange) -> None:
+        self._require()
         body = await self._body(exchange, _FIELDS)
         name, path = _text(body, "name"), _text(body, "path")
         replicas = integer(body, "replicas", low=1, high=1024) if body.get("replicas") is not None else None

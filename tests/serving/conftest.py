@@ -191,11 +191,13 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def serve_gateway(config: Config, store_url: str, handles: dict[str, Any]) -> AsyncIterator[Service]:
+async def serve_gateway(
+    config: Config, store_url: str, handles: dict[str, Any], registry: Any = None
+) -> AsyncIterator[Service]:
     """The real ASGI application under uvicorn on a free port of 127.0.0.1."""
     from signalbox.serving.gateway import GatewayApp
 
-    app = GatewayApp(config, store_url, handles)
+    app = GatewayApp(config, store_url, handles, registry)
     # Named TCP, or asyncio leaves Nagle's algorithm on for its connections: 40 ms between headers and body.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
