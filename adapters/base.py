@@ -55,11 +55,15 @@ class BaseShape:
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """What an operator allows. `roots` are the folders below which adapters may lie; sizes in bytes."""
+    """What an operator allows. `roots` are the folders below which adapters may lie; sizes in bytes.
+
+    `kinds` are those that the base's engine serves.
+    """
 
     roots: tuple[Path, ...]
     max_bytes: int = 8 << 30
     max_rank: int = 64
+    kinds: tuple[Kind, ...] = ("lora", "esft")
 
 
 @dataclass(slots=True, frozen=True)

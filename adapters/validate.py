@@ -15,7 +15,13 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
     Blocking: some 20 ms for a LoRA of 5 MB, about a second for each gigabyte of ESFT. Raises `AdapterError` with
     `code` and, where one is at fault, `tensor`; `read_lora` and `EsftAdapter` list the codes.
     """
-    if adapter_kind(path, limits) == "lora":
+    kind = adapter_kind(path, limits)
+    if kind not in limits.kinds:
+        raise AdapterError(
+            f"{path} is an adapter of kind '{kind}'; the engine of {base.model} serves {', '.join(limits.kinds)}",
+            code="unsupported_kind",
+        )
+    if kind == "lora":
         return peft_format.read_lora(path, base, limits).facts
     return esft_format.read_esft_facts(path, base, limits)
 

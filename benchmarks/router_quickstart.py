@@ -19,12 +19,14 @@ from rich.progress import Progress
 
 from benchmarks.report import ROOT, Row, print_table, write_results
 from signalbox.adapters.train_data import held_out
+from signalbox.adapters.train_report import wilson
 from signalbox.router import train as training
 from signalbox.router.artifact import load_predictor, read_artifact
+from signalbox.router.base import Predictor, Prompt
 from signalbox.router.encoder import load_encoder
 from signalbox.router.evaluate import evaluate
 from signalbox.router.judge import Evaluation
-from signalbox.router.table import read_table, write_table
+from signalbox.router.table import Table, read_table, write_table
 from signalbox.router.texts import Text, arithmetic_texts, read_texts
 from signalbox.serving.cli_router import collect_pool, pool_members, show, training_report
 from signalbox.serving.config import load_config
@@ -32,7 +34,8 @@ from signalbox.serving.config import load_config
 DATA = ROOT.parent / "shared" / "data"
 # mmlu_pro gives prose alone: the narratives of its questions.
 TEXTS = (DATA / "tasks", DATA / "routing" / "mmlu_pro.parquet")
-ADAPTED = {"banking77", "clinc150", "gsm8k"}  # tasks of the pool's adapters
+ADAPTED = {"banking77": "smollm2:banking", "clinc150": "smollm2:clinc", "gsm8k": "smollm2:gsm8k"}  # task -> its adapter
+MOST_SENT = 400  # rows of a task that are routed to see where they go
 console = Console(stderr=True)
 
 
@@ -120,6 +123,25 @@ def results(result: Evaluation, name: str) -> list[Row]:
     return rows
 
 
+def sent(predictor: Predictor, collected: Table, name: str) -> list[Row]:
+    """Where `auto` sends texts of the adapters' tasks that neither adapter nor router has seen; 95 % intervals."""
+    seen = set(collected.prompt_id)
+    rows = []
+    for task, expert in ADAPTED.items():
+        texts = [t for t in read_texts(TEXTS) if t.task == task and held_out(t.text) and t.prompt_id not in seen]
+        for form, prompts in (
+            ("bare text", [t.text for t in texts[:MOST_SENT]]),
+            ("instructed text", [t.prompt for t in texts[:MOST_SENT] if t.prompt != t.text]),
+        ):
+            if not prompts:
+                continue
+            predicted = predictor.predict([Prompt(text) for text in prompts])
+            hits = sum(predicted.experts[i] == expert for i in predicted.quality.argmax(axis=1))
+            metric = f"sent to {expert}, {form} ({len(prompts)} rows)"
+            rows.append(Row(f"{name}: {task}", metric, hits / len(prompts), "share", *wilson(hits, len(prompts))))
+    return rows
+
+
 def main(
     config: Annotated[Path, typer.Option(help="configuration of the pool")] = ROOT / "examples" / "quickstart.yaml",
     rows_per_task: Annotated[int, typer.Option(min=10, help="most texts of a task")] = 250,
@@ -150,8 +172,9 @@ def main(
         trained = training.train(read_table(table), encoder, report=training_report(bar))
     training.save(trained, out, neighbours=False)
     # What is judged is what was written.
+    predictor = load_predictor(out, encoder=encoder)
     result = evaluate(
-        load_predictor(out, encoder=encoder),
+        predictor,
         trained.held_out,
         encoder,
         artifact=read_artifact(out),
@@ -159,6 +182,7 @@ def main(
     )
     show(result, f"{result.rows} rows that the router has not seen")
     rows = results(result, "quickstart, rows held out")
+    rows += sent(predictor, read_table(table), "quickstart")
     print_table(rows)
     path = write_results(name, f"python -m benchmarks.router_quickstart {' '.join(sys.argv[1:])}".strip(), rows)
     console.print(f"wrote {out} and {path}")

@@ -280,7 +280,7 @@ def adapter_limits(config: Config, base: str) -> Limits:
     watched = (files.watch,) if files.watch is not None else ()
     expert = config.experts[base]
     rank = expert.max_adapter_rank if isinstance(expert, LocalExpert) else 0
-    return Limits((*files.roots, *watched, *named), max_bytes=files.max_mib << 20, max_rank=rank)
+    return Limits((*files.roots, *watched, *named), max_bytes=files.max_mib << 20, max_rank=rank, kinds=("lora",))
 
 
 def _problems(config: Config) -> list[Problem]:

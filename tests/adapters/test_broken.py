@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import time
@@ -45,3 +46,10 @@ def test_refused_with_its_reason(name: str, base: Path, moe_base: Path, root: Pa
     assert descriptors() == before
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.message, copy.code, copy.tensor) == (error.message, error.code, error.tensor)
+
+
+def test_a_kind_that_the_engine_does_not_serve(moe_base: Path, root: Path, limits: Limits) -> None:
+    folder = write_esft(root / "esft", esft_tensors(moe_base))
+    with pytest.raises(AdapterError, match=r"of kind 'esft'.* serves lora") as caught:
+        validate(folder, base_shape(moe_base), dataclasses.replace(limits, kinds=("lora",)))
+    assert caught.value.code == "unsupported_kind"
