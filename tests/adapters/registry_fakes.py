@@ -211,6 +211,7 @@ class World:
         self.replicas: dict[str, dict[str, Replica]] = {base: {} for base in bases}
         self.slots = slots
         self._next_replica = 0
+        self.violations: list[str] = []  # what must never happen, and has: an assertion here would only be logged
         self.contents: dict[str, str] = {}  # version id -> content hash: one content for ever
         for base in bases:
             for _ in range(replicas):
@@ -260,7 +261,8 @@ class MemoryFleet:
         replica = self._replica(base, replica_id)
         self.loads += 1
         known = self._world.contents.setdefault(version, content_hash)
-        assert known == content_hash, f"{version} stands for two contents"
+        if known != content_hash:
+            self._world.violations.append(f"{version} stands for two contents")
         if version not in replica.held:
             if len(replica.held) >= replica.slots:
                 raise NoSlot
@@ -276,7 +278,8 @@ class MemoryFleet:
                 raise AdapterError("the engine refuses it", code="refused")
             replica.held[version] = (content_hash, "ready")
             replica.used[version] = self._world.clock()
-        assert len(replica.held) <= replica.slots
+        if len(replica.held) > replica.slots:
+            self._world.violations.append(f"{replica.id} holds more than its slots")
         await asyncio.sleep(0)
 
     async def unload(self, base: str, replica_id: str, version: str) -> None:
@@ -285,9 +288,8 @@ class MemoryFleet:
         entry = next((e for e in self._world.server.table.values() if e.version == version), None)
         for name, gateway in self._world.gateways.items():
             fresh = self._world.clock() - gateway.said_at < 4.0
-            assert not fresh or not gateway.said[1][version] or (entry and replica_id not in entry.holders), (
-                f"{version} is unloaded while gateway {name} has requests on it"
-            )
+            if fresh and gateway.said[1][version] and not (entry and replica_id not in entry.holders):
+                self._world.violations.append(f"{version} is unloaded while gateway {name} has requests on it")
         if version in replica.held:
             await asyncio.sleep(0)
             replica.held.pop(version, None)

@@ -55,6 +55,7 @@ class Run:
             await self.registry.tick()
             for _ in range(12):
                 await asyncio.sleep(0)
+        assert self.world.violations == []
 
     def told(self, name: str) -> dict[str, Any]:
         """What a user is told, the replicas being asked now."""
