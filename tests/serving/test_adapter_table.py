@@ -1,4 +1,4 @@
-"""The gateway's table in a real Valkey: what it reads is never older than the request, what it reports is never too new."""
+"""The gateway's table in a real Valkey: no read is older than its request, no report newer than what was read."""
 
 from __future__ import annotations
 
