@@ -66,7 +66,8 @@ class AdapterTable:
         self._raw: dict[str, bytes] = {}
         self._table: dict[str, ServedAdapter] = {}
         self._in_flight: Counter[str] = Counter()
-        self._published = 0
+        self._sequence = 0
+        self._published = False
         self._news = asyncio.Event()
         self._next: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -259,6 +260,8 @@ class AdapterTable:
                     asked.set_result(None)
 
     async def _read(self) -> None:
+        if not self._published:  # the store was lost at the start: nothing is read before the registry knows of us
+            await self._publish()
         found = await self._store.get(GENERATION)
         self.store_error = None
         # None: a store that has lost its data, until the registry has written it again.
@@ -296,7 +299,7 @@ class AdapterTable:
 
     async def _publish(self) -> None:
         """One report: what has been seen, and what is in flight, at the same moment."""
-        self._published += 1
-        report = {"generation": self._generation, "in_flight": self._in_flight, "sequence": self._published}
+        self._sequence += 1
+        report = {"generation": self._generation, "in_flight": self._in_flight, "sequence": self._sequence}
         await self._store.hset(GATEWAYS, {self._id: orjson.dumps(report)}, ttl_s=GATEWAYS_EXPIRY_S)
-        self.store_error = None
+        self._published, self.store_error = True, None

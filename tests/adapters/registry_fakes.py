@@ -139,6 +139,7 @@ class MemoryStore:
         reports = {
             name: GatewayReport(g.said[0], dict(g.said[1]), self.server.clock() - g.said_at)
             for name, g in self._gateways.items()
+            if g.said is not None
         }
         await asyncio.sleep(0)
         return reports
@@ -151,10 +152,14 @@ class Gateway:
         self._server = server
         self.seen, self.table = 0, {}  # type: ignore[var-annotated]
         self.in_flight: Counter[str] = Counter()
+        self.said: tuple[int, Counter[str]] | None = None
+        self.said_at = 0.0
         self.publish()
 
     def read(self) -> None:
         if not self._server.lost and self._server.epoch:
+            if self.said is None:  # nothing is read before the registry can know of this gateway
+                self.publish()
             self.seen, self.table = self._server.generation, dict(self._server.table)
 
     def publish(self) -> None:
@@ -288,7 +293,7 @@ class MemoryFleet:
         entry = next((e for e in self._world.server.table.values() if e.version == version), None)
         for name, gateway in self._world.gateways.items():
             fresh = self._world.clock() - gateway.said_at < 4.0
-            if fresh and gateway.said[1][version] and not (entry and replica_id not in entry.holders):
+            if fresh and gateway.said and gateway.said[1][version] and not (entry and replica_id not in entry.holders):
                 self._world.violations.append(f"{version} is unloaded while gateway {name} has requests on it")
         if version in replica.held:
             await asyncio.sleep(0)
