@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import LocalityMixin, PendingRequest, RequestRouter, RunningReplica
 
 from signalbox.experts.base import GenerateRequest
@@ -39,6 +40,17 @@ class AdapterRouter(LocalityMixin, RequestRouter):
 
     Without Serve's `FIFOMixin`, which may hand the replica chosen for one request to another one that waits longer.
     """
+
+    def _get_pending_request_matching_internal_request_id(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """The call for which a replica was chosen.
+
+        Serve looks it up by the id of the HTTP request, which all calls made for that request share (several prompts,
+        `n`, an ensemble): only the first would ever be found (Ray 2.60), and the others would wait for ever.
+        """
+        pending = self._pending_requests_to_fulfill
+        return next((p for p in pending if p.metadata is request_metadata and not p.future.done()), None)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.request_router.common import RequestRoutingContext
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve._private.request_router.common import PendingRequest, RequestRoutingContext
 
 from signalbox.experts.base import GenerateRequest
 from signalbox.serving.adapter_replica import OneReplica
 from signalbox.serving.adapter_router import AdapterRouter, set_holders, wanted_replicas
+
+DEPLOYMENT = DeploymentID("expert-tiny", "signalbox")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,7 @@ def holders() -> Iterator[None]:
 
 def replicas(count: int) -> list[Any]:
     """What `choose_replicas` looks at of Serve's `RunningReplica`."""
-    return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{i}")) for i in range(1, count + 1)]
+    return [SimpleNamespace(replica_id=ReplicaID(f"r{i}", DEPLOYMENT)) for i in range(1, count + 1)]
 
 
 async def chosen(first: object, count: int = 4, times: int = 200) -> Counter[str]:
@@ -62,3 +66,24 @@ async def test_a_call_for_one_replica() -> None:
 
 def test_calls_without_arguments() -> None:
     assert wanted_replicas([]) is None and wanted_replicas(["x"]) is None
+
+
+async def test_calls_of_one_http_request_each_get_a_replica() -> None:
+    """`n`, several prompts, an ensemble: Serve gives all of them the HTTP request's id."""
+    router = AdapterRouter(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
+    router._replicas_list = replicas(3)
+    router._replicas = {replica.replica_id: replica for replica in router._replicas_list}
+    for replica in router._replicas_list:
+        replica.max_ongoing_requests = 8
+        router._replica_queue_len_cache.update(replica.replica_id, 0)
+    router._use_replica_queue_len_cache = True
+    calls = [
+        PendingRequest(
+            [GenerateRequest(f"r{i}", prompt="x", adapter="bank@1")], {}, RequestMetadata("shared", "shared")
+        )
+        for i in range(6)
+    ]
+    async with asyncio.timeout(2):
+        found = await asyncio.gather(*(router._choose_replica_for_request(call) for call in calls))
+    assert {replica.replica_id.unique_id for replica in found} <= {"r2", "r3"}
+    assert not any(call.future.cancelled() for call in calls)
