@@ -148,6 +148,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of the artifact")] = ROOT / "routers" / "quickstart",
     table: Annotated[Path, typer.Option(help="table of losses")] = ROOT / ".run" / "router_quickstart.parquet",
     reuse: Annotated[bool, typer.Option(help="train on the table as it is there, without collecting")] = False,
+    kind: Annotated[str, typer.Option(help="which router; `router train --kind best` chose this one")] = "cascade",
     concurrency: Annotated[int, typer.Option(min=1, help="texts in flight at one expert")] = 8,
     name: Annotated[str, typer.Option(help="name of the result file")] = "router_quickstart",
 ) -> None:
@@ -169,7 +170,7 @@ def main(
         console.print(f"collected in {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
     encoder = load_encoder()
     with Progress(console=console) as bar:
-        trained = training.train(read_table(table), encoder, report=training_report(bar))
+        trained = training.train(read_table(table), encoder, kind=kind, report=training_report(bar))
     training.save(trained, out, neighbours=False)
     # What is judged is what was written.
     predictor = load_predictor(out, encoder=encoder)
