@@ -25,6 +25,7 @@ from signalbox.router.artifact import load_predictor, read_artifact
 from signalbox.router.base import Predictor, Prompt
 from signalbox.router.encoder import load_encoder
 from signalbox.router.evaluate import evaluate
+from signalbox.router.everyday_texts import everyday_texts
 from signalbox.router.judge import Evaluation
 from signalbox.router.table import Table, read_table, write_table
 from signalbox.router.texts import Text, arithmetic_texts, read_texts
@@ -40,15 +41,16 @@ console = Console(stderr=True)
 
 
 def gather_texts(rows_per_task: int) -> list[Text]:
-    """The tasks' texts and as many sums; of the adapters' tasks only rows that they were not trained on.
+    """The tasks' texts, as many sums, and everyday questions.
 
-    Raises `TableError` where ../shared/data is absent.
+    Of the adapters' tasks only rows that they were not trained on. Raises `TableError` where ../shared/data is absent.
     """
     chosen: dict[str, list[Text]] = {}
     for text in read_texts(TEXTS):
         if text.task not in ADAPTED or held_out(text.text):
             chosen.setdefault(text.task, []).append(text)
-    return [*(t for texts in chosen.values() for t in texts[:rows_per_task]), *arithmetic_texts(rows_per_task)]
+    files = [text for texts in chosen.values() for text in texts[:rows_per_task]]
+    return [*files, *arithmetic_texts(rows_per_task), *everyday_texts(rows_per_task)]
 
 
 def results(result: Evaluation, name: str) -> list[Row]:

@@ -96,9 +96,14 @@ def arithmetic_texts(count: int) -> list[Text]:
         left, right = 2 + int(a * largest), 2 + int(b * largest)
         value = {"+": left + right, "-": left - right, "*": left * right}[op]
         prompt = SUMS[int(wording * len(SUMS))].format(a=left, b=right, op=op, word=word)
-        made = _text({}, "arithmetic", prompt, f"{left} {op} {right} = {value}")[0]
+        made = made_text("arithmetic", prompt, f"{left} {op} {right} = {value}")
         texts.setdefault(made.prompt_id, made)
     return list(texts.values())
+
+
+def made_text(task: str, prompt: str, reference: str) -> Text:
+    """A text that stands in no file."""
+    return _text({}, task, prompt, reference)[0]
 
 
 def _expand(path: Path) -> list[Path]:

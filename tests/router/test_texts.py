@@ -6,6 +6,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from signalbox.router.everyday_texts import everyday_texts
 from signalbox.router.table import TableError
 from signalbox.router.texts import arithmetic_texts, read_texts
 from tests.router.conftest import DATA
@@ -118,3 +119,10 @@ def test_the_shared_tasks_give_eight_kinds_of_text() -> None:
         counts[text.task] = counts.get(text.task, 0) + 1
     assert counts == dict.fromkeys(("banking77", "bbh", "clinc150", "gsm8k", "humaneval", "mbpp", "prose"), 40)
     assert len({t.prompt_id for t in texts}) == len(texts)
+
+
+def test_everyday_texts_are_many_and_each_has_its_answer() -> None:
+    texts = everyday_texts(1000)
+    assert len(texts) >= 250 and len({t.prompt_id for t in texts}) == len({t.prompt for t in texts}) == len(texts)
+    assert all(t.task == "everyday" and t.reference.strip() and t.text == t.prompt for t in texts)
+    assert everyday_texts(50) == texts[:50], "a smaller table is a part of a larger one"
