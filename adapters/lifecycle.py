@@ -299,7 +299,7 @@ def describe(record: Record, reports: Sequence[ReplicaReport] | None) -> dict[st
     """The record as `/v1/adapters` gives it, with what the base's replicas say at this moment.
 
     `reports` has one for each replica that answered, or is None where they could not be asked. `phase` is `ready` only
-    where every replica that shall hold the version and is alive confirms it; `serving` is the number of the version
+    where every replica that shall hold the version confirms it; `serving` is the number of the version
     that requests get.
     """
     version = record.shown
@@ -345,10 +345,13 @@ def _said(record: Record, version: Version | None, reports: Sequence[ReplicaRepo
     live = [report for report in reports if report.ready]
     wanted = live if record.replicas is None else [report for report in live if report.replica_id in version.targets]
     missing = [report.replica_id for report in wanted if not report.holds(name)]
+    silent = set(version.targets) - {report.replica_id for report in reports}
     if not wanted:
         return "staged", f"no replica of '{record.base}' that shall hold it is alive"
     if missing:
         return "staged", f"not loaded (any more) on {', '.join(sorted(missing))}: being loaded again"
+    if silent:
+        return "staged", f"{', '.join(sorted(silent))} cannot be asked whether it still holds it"
     return "ready", version.reason
 
 

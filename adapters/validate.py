@@ -20,6 +20,7 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
         raise AdapterError(
             f"{path} is an adapter of kind '{kind}'; the engine of {base.model} serves {', '.join(limits.kinds)}",
             code="unsupported_kind",
+            tensor=esft_format.CONFIG if kind == "esft" else peft_format.CONFIG,
         )
     if kind == "lora":
         return peft_format.read_lora(path, base, limits).facts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 from signalbox.adapters.base import AdapterError
@@ -16,6 +18,7 @@ from signalbox.serving.protocols.openai import parse_json
 
 MAX_BODY_BYTES = 64 * 1024
 LOAD_S = 120.0  # that vLLM's endpoint waits for an adapter to be ready
+PAUSE_S = 0.25
 
 _FIELDS = ("name", "base", "path", "replicas", "pinned")
 # vLLM's; those that mean nothing here are taken and ignored.
@@ -84,8 +87,16 @@ class AdapterApi:
             )
         base = self._base(body.get("base_model_name"), "base_model_name")
         record = await self._register(name, base, _text(body, "lora_path"), None, False)
-        record = await table.wait(name, version=record["version"], timeout_s=LOAD_S)
-        if record["phase"] != "ready":
+        version, deadline = record["version"], time.monotonic() + LOAD_S
+        while True:
+            record = await table.wait(name, version=version, timeout_s=max(0.0, deadline - time.monotonic()))
+            # Slots are short: it was ready, and already made room for others that are in use.
+            done = record["phase"] == "ready" or (record.get("evicted") and record["serving"] == version)
+            # Staged although it was ready: a replica has just died or is coming, which is repaired.
+            if done or record["phase"] != "staged" or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(PAUSE_S)
+        if not done:
             raise InvalidRequest(
                 f"the adapter '{name}' could not be loaded: {record.get('reason') or record['phase']}",
                 code="adapter_failed",

@@ -146,15 +146,20 @@ class AdapterTable:
 
         Raises `InvalidRequest` (404) where there is no such adapter, `ExpertUnavailable` where it is not back in time.
         """
-        adapter = await self.current(name)
-        if adapter is not None and adapter.holders:
-            return adapter
-        answer = await self._ask("ensure", name, ENSURE_S, timeout_s=ENSURE_S + 5)
-        adapter = await self.current(name)
-        if adapter is None or not adapter.holders:
-            reason = answer.get("reason") or answer.get("phase")
-            raise ExpertUnavailable(f"the adapter '{name}' is not loaded: {reason}", code="adapter_not_loaded")
-        return adapter
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ENSURE_S
+        answer: dict[str, Any] = {}
+        while True:
+            adapter = await self.current(name)
+            if adapter is not None and adapter.holders:
+                return adapter
+            left = deadline - loop.time()
+            if answer and (adapter is None or left <= 0):
+                reason = answer.get("reason") or answer.get("phase")
+                raise ExpertUnavailable(f"the adapter '{name}' is not loaded: {reason}", code="adapter_not_loaded")
+            if answer:  # it was loaded, and has made room for another one before anybody could use it
+                await asyncio.sleep(LOOK_S)
+            answer = await self._ask("ensure", name, left, timeout_s=left + 5)
 
     # -- for the API -------------------------------------------------------------------------------------------
 

@@ -52,4 +52,4 @@ def test_a_kind_that_the_engine_does_not_serve(moe_base: Path, root: Path, limit
     folder = write_esft(root / "esft", esft_tensors(moe_base))
     with pytest.raises(AdapterError, match=r"of kind 'esft'.* serves lora") as caught:
         validate(folder, base_shape(moe_base), dataclasses.replace(limits, kinds=("lora",)))
-    assert caught.value.code == "unsupported_kind"
+    assert (caught.value.code, caught.value.tensor) == ("unsupported_kind", "expert_cfg.json")

@@ -25,7 +25,8 @@ from tests.serving.test_adapter_registry import (  # noqa: F401 (fixtures)
     store_url,
 )
 
-LORA_BROKEN = [name for name, broken in BROKEN.items() if not broken.moe]
+# ESFT is refused whatever is wrong with it: no engine serves it. tests/adapters/test_broken.py has its faults.
+LORA_BROKEN = [name for name, broken in BROKEN.items() if not broken.moe and not name.startswith("esft")]
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import orjson
 import pytest
 
-from signalbox.adapters.lifecycle import Numbers, Record, Version, served
+from signalbox.adapters.lifecycle import Holding, Numbers, Record, ReplicaReport, Version, describe, served
 from signalbox.experts.base import ExpertUnavailable
-from signalbox.serving import adapter_router
+from signalbox.serving import adapter_router, adapter_table
 from signalbox.serving.adapter_records import AdapterRecords
 from signalbox.serving.adapter_table import GATEWAYS, GENERATION, AdapterTable
 from signalbox.serving.embedded_valkey import EmbeddedValkey
@@ -191,3 +191,45 @@ async def test_an_end_withdraws_the_report(bed: Bed) -> None:
     assert len(await bed.other.hgetall(GATEWAYS)) == 1
     await bed.table.close()
     assert await bed.other.hgetall(GATEWAYS) == {}
+
+
+class EvictingTable(AdapterTable):
+    """Its registry loads the adapter as asked, and gives its slot to another one at once, `evictions` times."""
+
+    bed: Bed
+    evictions = 0
+    asked = 0
+
+    async def _ask(self, method: str, *arguments: object, timeout_s: float) -> dict[str, object]:
+        assert method == "ensure"
+        self.asked += 1
+        await self.bed.switch("bank", 1)
+        if self.asked <= self.evictions:
+            await self.bed.switch("bank", 1, holders=())
+        return {"phase": "ready", "reason": ""}
+
+
+async def test_an_adapter_that_makes_room_before_it_is_used_is_asked_for_again(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed.table = table = EvictingTable(bed.store, None, {})
+    table.bed, table.evictions = bed, 3
+    await bed.switch("bank", 1, holders=())
+    await table.start()
+    assert (await table.ensure("bank")).holders == {"r1"} and table.asked == 4
+
+    monkeypatch.setattr(adapter_table, "ENSURE_S", 0.3)
+    table.evictions = 10**6
+    await bed.switch("bank", 1, holders=())
+    with pytest.raises(ExpertUnavailable, match="not loaded"):
+        await table.ensure("bank")
+
+
+def test_a_replica_that_shall_hold_it_and_does_not_answer_makes_it_not_ready() -> None:
+    version = Version(1, "ready", "/a", 1.0, content_hash="h", kind="lora", rank=4, targets=("r1", "r2"))
+    record = Record("bank", "tiny", current=1, holders=("r1", "r2"), number=1, versions=(version,))
+    held = [ReplicaReport(name, "n", True, adapters={"bank@1": Holding("ready")}) for name in ("r1", "r2")]
+    assert describe(record, held)["phase"] == "ready"
+    said = describe(record, held[:1])
+    assert said["phase"] == "staged" and "r2" in said["reason"] and said["serving"] == 1
+    assert said["replicas"]["r2"]["phase"] == "unreachable"
