@@ -309,7 +309,7 @@ class Dispatcher:
 
         An adapter stays loaded while it answers. Where a replica has lost it, another is asked, for a while.
         """
-        deadline = time.monotonic() + ADAPTER_WAIT_S
+        deadline: float | None = None  # counted from the first refusal: an evicted adapter may have to be loaded first
         while True:
             begun = False
             try:
@@ -321,6 +321,7 @@ class Dispatcher:
                             yield batch
                     return
             except AdapterNotLoaded:
+                deadline = deadline or time.monotonic() + ADAPTER_WAIT_S
                 if begun or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(ADAPTER_PAUSE_S)

@@ -106,10 +106,12 @@ class Pool:
             yield target
             return
         short = target.adapter.name
-        if not target.adapter.holders:
-            await self._adapters.ensure(short)
-        async with self._adapters.lease(short) as adapter:
-            leased = self._target(adapter) if adapter is not None else None
+        try:
+            adapter = await self._adapters.ensure(short)
+        except InvalidRequest:  # it has just been removed
+            raise self.unknown(name) from None
+        with self._adapters.hold(adapter):  # no await since `ensure` read it: it cannot be evicted between the two
+            leased = self._target(adapter)
             if leased is None or leased.name != target.name:
                 raise self.unknown(name)
             yield leased

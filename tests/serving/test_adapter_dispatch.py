@@ -204,3 +204,19 @@ async def test_in_flight_is_counted_until_the_last_byte(bench: Bench) -> None:
     run = await bench.dispatcher.open(parse_chat(body), "id", time.perf_counter())
     await run.aclose()  # the client went away
     assert not bench.table._in_flight
+
+
+async def test_a_lease_is_of_a_version_that_some_replica_holds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    evicted, asked = served("banking", holders=frozenset(), evicted=True), 0
+
+    async def ask(method: str, name: str, *_: object, **__: object) -> dict[str, Any]:
+        """A registry that is short of slots: what it loads goes again at once, until the third time."""
+        nonlocal asked
+        asked += 1
+        await bench.commit(served("banking") if asked == 3 else evicted)
+        return {"phase": "ready"}
+
+    monkeypatch.setattr(bench.table, "_ask", ask)
+    await bench.commit(evicted)
+    async with bench.pool.lease("banking") as target:
+        assert target.adapter is not None and target.adapter.holders and asked == 3
