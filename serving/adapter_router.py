@@ -58,7 +58,10 @@ class AdapterRouter(LocalityMixin, RequestRouter):
         """Two of the holders at random, or of all where none of the holders is known here."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # a second try comes after a pause
-            wanted = wanted_replicas(pending_request.args)
+            # Serve pickles this class by value, with a copy of the globals above: the map is the module's own.
+            from signalbox.serving import adapter_router
+
+            wanted = adapter_router.wanted_replicas(pending_request.args)
             if wanted:
                 holders = [replica for replica in candidate_replicas if replica.replica_id.unique_id in wanted]
                 candidate_replicas = holders or candidate_replicas
