@@ -68,6 +68,10 @@ class ExpertUnavailable(ExpertError):
     code = "expert_unavailable"
 
 
+class ReplicaNotReady(ExpertUnavailable):
+    """This replica's engine is not running yet, or not any more; another replica's may be (HTTP 503)."""
+
+
 class AdapterNotLoaded(ExpertError):
     """This replica does not hold the adapter that the request names: it is gone, or elsewhere (HTTP 503)."""
 

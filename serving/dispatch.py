@@ -18,7 +18,15 @@ from typing import Any, Literal
 
 import orjson
 
-from signalbox.experts.base import AdapterNotLoaded, Chunk, ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
+from signalbox.experts.base import (
+    AdapterNotLoaded,
+    Chunk,
+    ExpertError,
+    ExpertUnavailable,
+    InvalidRequest,
+    ReplicaNotReady,
+    Unsupported,
+)
 from signalbox.experts.catalog import matches
 from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
 from signalbox.policies.decide import decide
@@ -38,8 +46,8 @@ from signalbox.serving.streams import Batch, close, merged, resume, single
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-ADAPTER_WAIT_S = 5.0  # to find a replica that holds an adapter, when one has just lost it
-ADAPTER_PAUSE_S = 0.05
+REPLICA_WAIT_S = 5.0  # to find a replica that is ready and holds the adapter, when one has just died or lost it
+REPLICA_PAUSE_S = 0.05
 ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
 
 # A policy broken by these alone may be kept a moment later.
@@ -307,7 +315,8 @@ class Dispatcher:
     async def _ask(self, name: str, call: Call, reply_id: str, asked: _Asked) -> AsyncIterator[Batch]:
         """All choices from one expert; `asked` learns which it was. Raises `ExpertUnavailable` where it is not ready.
 
-        An adapter stays loaded while it answers. Where a replica has lost it, another is asked, for a while.
+        An adapter stays loaded while it answers. Where a replica has lost it, or is only just starting beside others
+        that are ready, another is asked, for a while.
         """
         deadline: float | None = None  # counted from the first refusal: an evicted adapter may have to be loaded first
         while True:
@@ -320,11 +329,11 @@ class Dispatcher:
                             begun = True
                             yield batch
                     return
-            except AdapterNotLoaded:
-                deadline = deadline or time.monotonic() + ADAPTER_WAIT_S
+            except (AdapterNotLoaded, ReplicaNotReady):
+                deadline = deadline or time.monotonic() + REPLICA_WAIT_S
                 if begun or time.monotonic() > deadline:
                     raise
-            await asyncio.sleep(ADAPTER_PAUSE_S)
+            await asyncio.sleep(REPLICA_PAUSE_S)
 
     def _ask_target(self, target: Target, call: Call, reply_id: str) -> AsyncIterator[Batch]:
         state = self._pool.state(target)

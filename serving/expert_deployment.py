@@ -22,6 +22,7 @@ from signalbox.experts.base import (
     ExpertUnavailable,
     GenerateRequest,
     QueueFull,
+    ReplicaNotReady,
 )
 from signalbox.experts.base import Score as ExpertScore
 from signalbox.experts.catalog import ExpertConfig, LocalExpert
@@ -274,8 +275,8 @@ class ExpertDeployment:
             return str(getattr(self._newest, "progress", self._reason))
         return self._reason
 
-    def _unavailable(self) -> ExpertUnavailable:
-        return ExpertUnavailable(f"expert {self._name!r} is not ready: {self._why_not()}")
+    def _unavailable(self) -> ReplicaNotReady:
+        return ReplicaNotReady(f"expert {self._name!r} is not ready: {self._why_not()}")
 
 
 class _Density:

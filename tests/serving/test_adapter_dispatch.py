@@ -143,7 +143,7 @@ async def test_a_version_that_has_gone_meanwhile_is_looked_up_anew(bench: Bench)
 
 
 async def test_one_that_no_replica_holds_falls_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("signalbox.serving.dispatch.ADAPTER_WAIT_S", 0.2)
+    monkeypatch.setattr("signalbox.serving.dispatch.REPLICA_WAIT_S", 0.2)
     await bench.commit(served("banking"))
     bench.tiny.lost.add("banking@1")
     with pytest.raises(AdapterNotLoaded):

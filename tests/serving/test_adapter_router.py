@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve._private.request_router.common import PendingRequest, RequestRoutingContext
+from ray.serve.config import RequestRouterConfig
 
 from signalbox.experts.base import GenerateRequest
 from signalbox.serving.adapter_replica import OneReplica
@@ -87,3 +90,35 @@ async def test_calls_of_one_http_request_each_get_a_replica() -> None:
         found = await asyncio.gather(*(router._choose_replica_for_request(call) for call in calls))
     assert {replica.replica_id.unique_id for replica in found} <= {"r2", "r3"}
     assert not any(call.future.cancelled() for call in calls)
+
+
+ELSEWHERE = """
+import asyncio, sys
+from types import SimpleNamespace
+from ray import cloudpickle
+from signalbox.experts.base import GenerateRequest
+from signalbox.serving.adapter_router import AdapterRouter, set_holders
+
+handed_on = cloudpickle.loads(sys.stdin.buffer.read())
+assert handed_on is not AdapterRouter
+set_holders({"bank@1": frozenset({"r4"})})
+replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{i}")) for i in range(1, 5)]
+request = SimpleNamespace(
+    args=[GenerateRequest("r", prompt="x", adapter="bank@1")], routing_context=SimpleNamespace(should_backoff=False)
+)
+(chosen,) = asyncio.run(object.__new__(handed_on).choose_replicas(replicas, request))
+print(*(replica.replica_id.unique_id for replica in chosen))
+"""
+
+
+def test_as_serve_hands_it_on_it_still_goes_by_that_processs_map() -> None:
+    """Serve pickles the class by value: what a gateway unpickles has globals of its own."""
+    config = RequestRouterConfig(request_router_class=AdapterRouter)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        input=config.get_serialized_request_router_cls(),
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [b"r4"]), done.stderr.decode()[-2000:]

@@ -22,6 +22,7 @@ from signalbox.experts.base import (
     GenerateRequest,
     InvalidRequest,
     QueueFull,
+    ReplicaNotReady,
     Unsupported,
     Usage,
 )
@@ -444,3 +445,32 @@ async def test_a_lost_store_is_a_miss_and_no_error() -> None:
         run, answer = await bench.run(temperature=0)
         assert (run.cache, answer) == ("miss", "t")
     await store.close()
+
+
+class Starting(ScriptedExpert):
+    """The first `times` requests get to a replica whose engine is still starting; the others' are ready."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__("t")
+        self.times = times
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Chunk]]:
+        if self.times:
+            self.times -= 1
+            raise ReplicaNotReady("starting")
+        async for chunks in super().generate(request):
+            yield chunks
+
+
+async def test_another_replica_is_asked_while_one_is_starting(store: Store) -> None:
+    run, text = await Bench(store, tiny=Starting(2)).run(model="tiny")
+    assert (run.expert, text, run.attempts) == ("tiny", "t", 1)
+
+
+async def test_an_expert_of_which_no_replica_comes_falls_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signalbox.serving.dispatch.REPLICA_WAIT_S", 0.2)
+    bench = Bench(store, tiny=Starting(10**6))
+    run, text = await bench.run(model="tiny", signalbox={"fallbacks": ["wide"]})
+    assert (run.expert, text, run.attempts) == ("wide", "w", 2)
+    with pytest.raises(ReplicaNotReady):
+        await bench.run(model="tiny")
