@@ -87,8 +87,13 @@ class AdapterService:
     def replicas(self) -> list[psutil.Process]:
         return self.pids("ray::ServeReplica:signalbox:expert-tiny")
 
-    def registry(self) -> psutil.Process:
-        return self.pids("ray::ServeReplica:signalbox:adapter-registry")[0]
+    def registry(self, within_s: float = 30.0) -> psutil.Process:
+        """The registry's process; one that was killed gets a successor by and by."""
+        deadline = time.monotonic() + within_s
+        while not (found := self.pids("ray::ServeReplica:signalbox:adapter-registry")):
+            assert time.monotonic() < deadline, f"there is no registry\n{self.tail()}"
+            time.sleep(0.1)
+        return found[0]
 
     def valkey(self) -> psutil.Process:
         return self.pids("valkey-server")[0]
