@@ -26,6 +26,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+POOL = {"smollm2", "gemma", "smollm2:banking", "smollm2:clinc", "smollm2:gsm8k"}
 START_LIMIT_S = 420  # a first start converts two models
 
 pytestmark = [pytest.mark.service, pytest.mark.models, pytest.mark.timeout(600)]
@@ -109,7 +110,7 @@ def test_auto_says_who_answered_and_why(service: Running) -> None:
     reply = chat(service, messages=[{"role": "user", "content": "What is the capital of France?"}])
     assert reply.status_code == 200, reply.text
     body, headers = reply.json(), reply.headers
-    assert body["model"] in ("smollm2", "gemma") and headers["x-signalbox-expert"] == body["model"]
+    assert body["model"] in POOL and headers["x-signalbox-expert"] == body["model"]
     assert body["choices"][0]["message"]["content"]
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
     assert headers["x-signalbox-router"] == "default" and 0 <= float(headers["x-signalbox-confidence"]) <= 1
@@ -178,7 +179,7 @@ def test_the_same_question_again_is_a_cache_hit(service: Running) -> None:
 
 
 def test_the_router_tells_tasks_apart(service: Running) -> None:
-    """At `tradeoff` 0 the choice follows the predicted quality, and different prompts go to different experts."""
+    """At `tradeoff` 0 the choice follows the predicted quality, and an adapter gets the prompts of its task."""
     prompts = [
         "What is 37 + 58?",
         "Write a Python function that checks whether a string is a palindrome.",
@@ -186,23 +187,25 @@ def test_the_router_tells_tasks_apart(service: Running) -> None:
         "Tell me a story that begins like this: The last train had left an hour ago.",
         "Natalia sold clips to 48 friends in April and half as many in May. How many did she sell altogether?",
         "I still have not received my new card, when will it arrive?",
+        "Please set an alarm for six in the morning",
     ]
     plans = [route(service, p, cost_quality_tradeoff=0) for p in prompts]
     for plan in plans:
         best = max(plan["ratings"], key=lambda r: r["quality"])
         assert plan["expert"] == best["expert"] and best["cost_usd"] > 0 and best["total_ms"] > 0
-    assert {plan["expert"] for plan in plans} == {"smollm2", "gemma"}
+    assert plans[3]["expert"] == "gemma"
+    assert [plan["expert"] for plan in plans[4:]] == ["smollm2:gsm8k", "smollm2:banking", "smollm2:clinc"]
     cheap = [route(service, p, cost_quality_tradeoff=10) for p in prompts]
-    assert {plan["expert"] for plan in cheap} == {"smollm2"}
+    assert all(plan["expert"].startswith("smollm2") for plan in cheap)
     flagged = route(service, "Tell me a story. [Flag: smallest model]")
-    assert flagged["flags"] and flagged["expert"] == "smollm2"
+    assert flagged["flags"] and flagged["expert"].startswith("smollm2")
 
 
 def test_a_ceiling_strikes_out_and_is_named(service: Running) -> None:
     body = {"model": "auto:bronze", "messages": [{"role": "user", "content": "Hi!"}]}
     plan = httpx.post(f"{service.url}/v1/route", json=body).json()
     struck = {r["expert"]: [s["constraint"] for s in r["strikes"]] for r in plan["ratings"]}
-    assert struck["gemma"] == ["max_cost_per_1m"] and plan["expert"] == "smollm2"
+    assert struck["gemma"] == ["max_cost_per_1m"] and plan["expert"].startswith("smollm2")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_an_outcome_counts_once(service: Running) -> None:
     reply = chat(service, messages=[{"role": "user", "content": f"What is the capital of Peru? ({time.time_ns()})"}])
     request_id = reply.headers["x-request-id"]
     decision = httpx.get(f"{service.api}/decisions/{request_id}").json()
-    assert decision["expert"] == reply.json()["model"] and set(decision["predictions"]) == {"smollm2", "gemma"}
+    assert decision["expert"] == reply.json()["model"] and set(decision["predictions"]) == POOL
     outcome = {"request_id": request_id, "score": 0.5}
     headers = {"idempotency-key": f"key-{time.time_ns()}"}
     taken = [httpx.post(f"{service.api}/outcomes", json=outcome, headers=headers) for _ in range(3)]
