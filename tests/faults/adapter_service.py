@@ -24,6 +24,8 @@ from tests.adapters.folders import make_lora
 from tests.tiny_models import save_tiny
 
 START_LIMIT_S = 180
+# Thirty seconds is what we promise, and took 5 to 16 s where it was measured; a machine that runs tests may be busy.
+RECONCILED_S = 90.0
 PROBER = Path(__file__).with_name("prober.py")
 SAID: dict[str, Phase] = {"loading": "staged", "ready": "ready", "unloading": "draining"}
 
@@ -87,7 +89,7 @@ class AdapterService:
     def replicas(self) -> list[psutil.Process]:
         return self.pids("ray::ServeReplica:signalbox:expert-tiny")
 
-    def registry(self, within_s: float = 30.0) -> psutil.Process:
+    def registry(self, within_s: float = RECONCILED_S) -> psutil.Process:
         """The registry's process; one that was killed gets a successor by and by."""
         deadline = time.monotonic() + within_s
         while not (found := self.pids("ray::ServeReplica:signalbox:adapter-registry")):
@@ -113,7 +115,9 @@ class AdapterService:
         reply = self.client.get(f"/v1/adapters/{name}")
         return reply.json() if reply.status_code == 200 else {"phase": "gone"}
 
-    def until(self, name: str, *, version: int | None = None, phase: str = "ready", within_s: float = 30.0) -> float:
+    def until(
+        self, name: str, *, version: int | None = None, phase: str = "ready", within_s: float = RECONCILED_S
+    ) -> float:
         """Wait for a phase; returns the seconds that it took."""
         began = time.monotonic()
         while True:
@@ -123,7 +127,7 @@ class AdapterService:
             assert time.monotonic() - began < within_s, f"{record}\n{self.tail()}"
             time.sleep(0.1)
 
-    def ask(self, model: str, *, timeout_s: float = 30.0) -> httpx.Response:
+    def ask(self, model: str, *, timeout_s: float = RECONCILED_S) -> httpx.Response:
         body = {"model": model, "prompt": "the fox and", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         body["signalbox"] = {"cache": {"mode": "off"}}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s)
@@ -220,7 +224,7 @@ class Truth:
         while not self._stop.is_set():
             before = self.probe()
             with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-                reply = httpx.get(f"{self._service.url}/v1/adapters", timeout=30)
+                reply = httpx.get(f"{self._service.url}/v1/adapters", timeout=RECONCILED_S)
                 records = reply.json()["data"]
                 self._check(before, records, self.probe())
             time.sleep(0.05)
