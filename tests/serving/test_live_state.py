@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,18 @@ def config() -> Config:
     return make_config({"tiny": Path("tiny"), "wide": Path("wide")})
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[str]:
+    """A Valkey to which the session's experts do not publish."""
+    with EmbeddedValkey() as url:
+        yield url
+
+
 @pytest.fixture
-async def store(valkey: str) -> AsyncIterator[Store]:
-    store = Store(valkey)
+async def store(alone: str) -> AsyncIterator[Store]:
+    store = Store(alone)
     await store.delete(live_state.live_key("tiny"), live_state.live_key("wide"))
     yield store
-    await store.delete(live_state.live_key("tiny"), live_state.live_key("wide"))
     await store.close()
 
 
