@@ -47,10 +47,8 @@ class EngineAdapters:
         finally:
             slot.leave()
 
-    async def load(self, name: str, path: str, layers: LoraLayers | None) -> None:
-        """See `Engine.load`. Cancelled, the adapter is not loaded, and its slot free as soon as the thread is done."""
-        if layers is None:
-            raise Unsupported(f"expert {self.expert!r} takes no adapters: set its max_adapters", param="adapter")
+    def _take(self, name: str) -> Slot:
+        """A free slot. Raises `InvalidRequest` (409) where the adapter has one, `QueueFull` where none is left."""
         if name in self._table:
             raise InvalidRequest(f"adapter {name!r} is loaded already", status=409, code="already_loaded", param="name")
         slot = self._table.take(name)
@@ -59,6 +57,13 @@ class EngineAdapters:
                 f"expert {self.expert!r} holds {self._table.size} adapters, its max_adapters; unload one first",
                 code="adapter_slots_full",
             )
+        return slot
+
+    async def load(self, name: str, path: str, layers: LoraLayers | None) -> None:
+        """See `Engine.load`. Cancelled, the adapter is not loaded, and its slot free as soon as the thread is done."""
+        if layers is None:
+            raise Unsupported(f"expert {self.expert!r} takes no adapters: set its max_adapters", param="adapter")
+        slot = self._take(name)
         copying = asyncio.ensure_future(asyncio.to_thread(self._copy, slot.index, path, layers))
         copying.add_done_callback(lambda _: slot.loaded.set())
         try:

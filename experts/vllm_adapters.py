@@ -21,7 +21,7 @@ from signalbox.adapters.base import AdapterError, BaseShape, Limits, LoraAdapter
 from signalbox.adapters.peft_format import CONFIG, WEIGHTS, read_lora
 from signalbox.adapters.slots import Slot
 from signalbox.experts import vllm_versions
-from signalbox.experts.base import ExpertUnavailable, InvalidRequest, QueueFull, Unsupported
+from signalbox.experts.base import ExpertUnavailable, InvalidRequest, Unsupported
 from signalbox.experts.engine_adapters import EngineAdapters
 
 if TYPE_CHECKING:
@@ -52,14 +52,7 @@ class VllmAdapters(EngineAdapters):
             raise ExpertUnavailable(f"expert {self.expert!r} is not running")
         if self._shape is None:
             raise Unsupported(f"expert {self.expert!r} takes no adapters: set its max_adapters", param="adapter")
-        if name in self._table:
-            raise InvalidRequest(f"adapter {name!r} is loaded already", status=409, code="already_loaded", param="name")
-        slot = self._table.take(name)
-        if slot is None:
-            raise QueueFull(
-                f"expert {self.expert!r} holds {self._table.size} adapters, its max_adapters; unload one first",
-                code="adapter_slots_full",
-            )
+        slot = self._take(name)
         adding = asyncio.ensure_future(self._add(slot, path, self._core, self._shape))
         try:
             await asyncio.shield(adding)
