@@ -6,6 +6,7 @@ and after one failure the next callers are refused at once instead of each waiti
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -162,9 +163,11 @@ class Store:
             raise StoreUnavailable(f"the store {self.url} is lost; trying again in {self._closed_until - now:.1f} s")
         if self._lost:  # this caller tries for all: the others go on being refused until it knows
             self._closed_until = now + self._retry_after_s
+        asked_to_stop = _cancellations()
         try:
             answer = await command()
         except _LOST as error:
+            _stop_if(asked_to_stop)
             self._note_loss(error)
             raise StoreUnavailable(f"the store {self.url} is lost: {_reason(error)}") from error
         except _REFUSED as error:
@@ -173,6 +176,7 @@ class Store:
         if self._lost:
             self._lost = False
             log.warning("the store %s is back", self.url)
+        _stop_if(asked_to_stop)
         return answer
 
     def _note_loss(self, error: Exception) -> None:
@@ -180,6 +184,17 @@ class Store:
         if not self._lost:
             self._lost = True
             log.warning("the store %s is lost (%s); serving goes on without it", self.url, _reason(error))
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
+
+
+def _stop_if(asked_before: int) -> None:
+    """Raise the cancellation that redis-py swallowed, if any: its timeouts lose one that comes as they end."""
+    if _cancellations() > asked_before:
+        raise asyncio.CancelledError
 
 
 def _ms(seconds: float) -> int:

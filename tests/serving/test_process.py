@@ -187,9 +187,7 @@ def test_what_ignores_the_request_to_stop_is_killed(start: Callable[..., Service
     os.killpg(service.process.pid, signal.SIGINT)
     time.sleep(1)
     os.killpg(service.process.pid, signal.SIGINT)  # the second Ctrl-C
-    began = time.monotonic()
-    assert service.code() == 130
-    assert time.monotonic() - began < 5
+    assert service.code() == 130  # left to itself it would end by 0, or by nothing
     assert names(service.left()) == set() and not any(folder.exists() for folder in folders)
 
 

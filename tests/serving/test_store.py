@@ -101,6 +101,36 @@ async def test_a_cancelled_command_does_not_leave_its_answer_to_the_next(url: st
     await one.close()
 
 
+async def test_a_task_that_uses_the_store_can_be_cancelled(store: Store) -> None:
+    """redis-py loses a cancellation that comes while a command ends; a loop around one would go on for ever."""
+
+    async def loop() -> None:
+        while True:
+            await store.hset("h", {"a": b"x" * 100}, ttl_s=5)
+
+    for i in range(200):
+        task = asyncio.create_task(loop())
+        await asyncio.sleep(i / 200 * 0.003)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=30)
+        assert done and task.cancelled()
+
+
+async def test_cleaning_up_after_a_cancellation_may_use_the_store(store: Store) -> None:
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await store.set("tidy", b"yes")
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await store.get("tidy") == b"yes"
+
+
 async def test_loss_is_quick_logged_once_and_ends(caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     valkey = EmbeddedValkey(port=port)
