@@ -61,7 +61,10 @@ def decide(
         bending = [r for r in ratings if not _hard(r)]
         if not bending or policy.on_no_candidates == "fail":
             raise NoCandidate(ratings)
-        if policy.on_no_candidates == "cheapest":
+        if policy.on_no_candidates == "least_violated":
+            bending.sort(key=lambda r: (violation(r), -r.utility, r.cost_usd, r.expert))
+            chosen = bending[0]
+        elif policy.on_no_candidates == "cheapest":
             chosen = min(bending, key=lambda r: (r.cost_usd, -r.quality, r.expert))
         else:
             chosen = min(bending, key=lambda r: (-r.quality, r.cost_usd, r.expert))
@@ -85,7 +88,7 @@ def _rate(
     quality, uncertainty = prediction.get(candidate.name, (0.0, 0.0))
     prompt_tokens = max(1, math.ceil(shape.prompt_bytes / candidate.bytes_per_token))
     answer_tokens = max(1, shape.answer_tokens)
-    cost = (candidate.price_input * prompt_tokens + candidate.price_output * answer_tokens) / 1e6
+    cost = shape.samples * (candidate.price_input * prompt_tokens + candidate.price_output * answer_tokens) / 1e6
     rating = Rating(
         expert=candidate.name,
         quality=quality,
@@ -121,6 +124,21 @@ def _rate(
     if quality < policy.min_quality:
         strike(Strike("min_quality", policy.min_quality, quality))
     return rating
+
+
+def violation(rating: Rating) -> float:
+    """By how much an expert breaks the ceilings and floors: the sum of what is beyond each, as a share of the limit.
+
+    0 where it keeps them all, infinity where it cannot serve at all.
+    """
+    if _hard(rating):
+        return math.inf
+    return sum(abs(distance(float(s.limit), float(s.value))) for s in rating.strikes)
+
+
+def distance(limit: float, value: float) -> float:
+    """How far a value is from a limit, as a share of it: negative below, positive above."""
+    return (value - limit) / max(abs(limit), 1e-9)
 
 
 def _hard(rating: Rating) -> bool:

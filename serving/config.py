@@ -21,6 +21,7 @@ from signalbox.adapters.base import Limits
 from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert, matches
 from signalbox.experts.vllm_arguments import argument_problems, installed
 from signalbox.policies.base import Policy
+from signalbox.serving.access import AdmissionConfig, KeyConfig, TenantConfig
 from signalbox.serving.config_source import (
     ConfigError,
     Problem,
@@ -196,6 +197,15 @@ class Config(Strict):
     )
     default_router: str = Field("default", description="the router that `auto` asks")
     default_policy: str | None = Field(None, description="the policy of plain `auto`; none: highest predicted quality")
+    keys: dict[Name, KeyConfig] = Field(
+        default_factory=dict, max_length=1024, description="API keys by name; none: everybody may ask"
+    )
+    tenants: dict[Name, TenantConfig] = Field(
+        default_factory=dict, max_length=_MAX_NAMES, description="whom keys belong to, by name"
+    )
+    admission: AdmissionConfig = Field(
+        default_factory=lambda: AdmissionConfig(), description="the queues in front of the experts"
+    )
     cache: CacheConfig = Field(default_factory=lambda: CacheConfig(), description="the cache of finished answers")
     outcomes: OutcomesConfig = Field(
         default_factory=lambda: OutcomesConfig(), description="feedback on answers, and learning from it"
@@ -236,7 +246,8 @@ def load_config(
 
 def missing_environment(config: Config) -> list[str]:
     """Names of environment variables that the configuration counts on and that are not set (or empty)."""
-    names = [config.server.api_key_env, *(getattr(e, "api_key_env", None) for e in config.experts.values())]
+    names = [config.server.api_key_env, *(key.env for key in config.keys.values())]
+    names += [*(getattr(e, "api_key_env", None) for e in config.experts.values())]
     return sorted({name for name in names if name and not os.environ.get(name)})
 
 

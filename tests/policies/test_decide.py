@@ -68,7 +68,7 @@ ceilings = st.builds(
 )
 
 
-@given(pools, weights, ceilings, st.sampled_from(["fail", "cheapest", "best"]))
+@given(pools, weights, ceilings, st.sampled_from(["fail", "cheapest", "best", "least_violated"]))
 def test_no_ceiling_is_broken_while_an_expert_keeps_it(pool, objective, slo, on_none) -> None:
     candidates, prediction = pool
     policy = Policy(slo=slo, objective=objective, on_no_candidates=on_none)
@@ -165,11 +165,13 @@ def test_min_quality_context_and_readiness_strike() -> None:
 def test_nobody_left() -> None:
     impossible = Slo(max_ttft_ms=1)
     with pytest.raises(NoCandidate, match=r"small: max_ttft_ms 20 > 1"):
-        decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible))
+        decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible, on_no_candidates="fail"))
     cheapest = decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible, on_no_candidates="cheapest"))
     assert (cheapest.expert, cheapest.violated) == ("small", ["max_ttft_ms"])
     best = decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible, on_no_candidates="best"))
     assert best.expert == "large"
+    least = decide(QUALITY, [SMALL, LARGE], SHAPE, Policy(slo=impossible))
+    assert (least.expert, least.violated) == ("small", ["max_ttft_ms"]), "20 ms are nearer to 1 ms than 100 ms"
     with pytest.raises(NoCandidate):
         decide(QUALITY, [], SHAPE, Policy())
 
