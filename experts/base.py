@@ -16,7 +16,8 @@ class ExpertError(Exception):
     """An error that a client is told about; `status` is the HTTP status it becomes.
 
     `param` names the request field at fault and `code` is the machine-readable reason, both as in
-    OpenAI's error object. `retryable` says that another expert may be tried instead.
+    OpenAI's error object. `retryable` says that another expert may be tried instead, and `retry_after_s` when the
+    client may come again (`Retry-After`).
     """
 
     status = 500
@@ -24,20 +25,29 @@ class ExpertError(Exception):
     retryable = True
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, status: int | None = None
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or type(self).code
         self.status = status or type(self).status
+        self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> Any:  # keeps the fields when Ray carries the error from one process to another
-        return (_rebuild, (type(self), self.message, self.param, self.code, self.status))
+        return (_rebuild, (type(self), self.message, self.param, self.code, self.status, self.retry_after_s))
 
 
-def _rebuild(kind: type[ExpertError], message: str, param: str | None, code: str, status: int) -> ExpertError:
-    return kind(message, param=param, code=code, status=status)
+def _rebuild(
+    kind: type[ExpertError], message: str, param: str | None, code: str, status: int, retry_after_s: float | None
+) -> ExpertError:
+    return kind(message, param=param, code=code, status=status, retry_after_s=retry_after_s)
 
 
 class InvalidRequest(ExpertError):

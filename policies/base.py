@@ -139,7 +139,7 @@ class Intent(Strict):
 
 
 class Policy(Strict):
-    """One SLA: asked for as `auto:NAME`, or attached to keys and tenants, whom its limits then bind on every request."""
+    """One SLA: asked for as `auto:NAME`, or attached to keys and tenants, whom its limits then bind always."""
 
     description: str = Field("", max_length=1000, description="for whom it is")
     slo: Slo = Field(default_factory=lambda: Slo(), description="ceilings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import uuid
@@ -19,7 +20,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-RETRY_AFTER_S = {429: b"1", 503: b"2"}
+RETRY_AFTER_S = {429: 1.0, 503: 2.0}  # where the error itself does not know
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 SANE_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without spaces
 
@@ -89,7 +90,8 @@ class Exchange:
             return
         headers: Headers = []
         if error.status in RETRY_AFTER_S:
-            headers.append((b"retry-after", RETRY_AFTER_S[error.status]))
+            seconds = error.retry_after_s or RETRY_AFTER_S[error.status]
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(seconds))))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error_object(error, request_id=self.id if error.status >= 500 else None)

@@ -145,7 +145,7 @@ def make_config(models: dict[str, Path], router: Path | None = None, **changes: 
         "policies": {
             "gold": {"objective": {"quality": 1.0}},
             "bronze": {"objective": {"quality": 1.0, "cost": 20.0}},
-            "impossible": {"slo": {"max_cost_per_1m": 0.001}},
+            "impossible": {"slo": {"max_cost_per_1m": 0.001}, "on_no_candidates": "fail"},
             "fresh": {"cache": "off"},
         },
     }
