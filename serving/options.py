@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from signalbox.experts.base import InvalidRequest
+from signalbox.policies.base import Policy
 from signalbox.policies.flags import parse_flags
 from signalbox.router.base import Prompt
 from signalbox.serving.protocols.openai import Call, text_of
+
+_PRIORITY = re.compile(rb"[+-]?(?:\d|10)")
 
 
 class _Options(BaseModel):
@@ -32,6 +37,8 @@ class Options(_Options):
     allowed: list[str] | None = Field(None, min_length=1, max_length=64)
     fallbacks: list[str] | None = Field(None, max_length=16)
     cache: CacheOptions = Field(default_factory=CacheOptions)
+    intent: str | None = Field(None, min_length=1, max_length=64, description="which of the policy's intents it is")
+    samples: int | None = Field(None, ge=1, le=16, description="answers drawn at once; lowers the policy's number only")
 
 
 def parse_options(value: Any) -> Options:
@@ -47,6 +54,19 @@ def parse_options(value: Any) -> Options:
             raise InvalidRequest(f"there is no key '{path}'", param=path) from None
         said = first["msg"][:1].lower() + first["msg"][1:]
         raise InvalidRequest(f"'{path}': {said}", param=path) from None
+
+
+def priority_of(headers: Mapping[bytes, bytes], policy: Policy) -> int:
+    """The request's priority: its policy's, or what `x-priority` asks for where that is lower.
+
+    A caller may step back behind its own other requests, never ahead of others'. Raises `InvalidRequest`.
+    """
+    given = headers.get(b"x-priority")
+    if given is None:
+        return policy.priority
+    if not _PRIORITY.fullmatch(given):
+        raise InvalidRequest("the header x-priority must be a whole number from -10 to 10", param="x-priority")
+    return min(policy.priority, int(given))
 
 
 def take_flags(call: Call) -> tuple[Call, list[Prompt], list[str]]:

@@ -1,0 +1,181 @@
+"""Which intent of a policy a request has: by keywords, or else by resemblance to examples. No model, well under 1 ms.
+
+An intent maps a kind of request to service-level objectives and to system parameters (Iannelli et al., SLA Management
+in Reconfigurable Multi-Agent RAG, arXiv 2412.06832; papers.md, section 8).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from signalbox.experts.base import InvalidRequest
+from signalbox.policies.base import Intent, Policy
+from signalbox.router.ngrams import BITS, FAMILIES, ngrams, to_bytes
+
+MAX_CHARACTERS = 4096  # of a prompt, or of an example, that are looked at
+# A prompt that resembles no example so much has no intent.
+THRESHOLD = 0.3
+MAX_CACHED = 256  # policies whose intents are kept ready
+
+# Scripts written without blanks between words: each of their characters counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_UNSPACED += "\U00020000-\U0003ffff"
+# Marks that belong to the word before them, which `\w` leaves out: Latin, Hebrew, Arabic, the scripts of India.
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+_TOKEN = re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_MARKS}])+|[^\s]")
+
+Slots = NDArray[np.int64]
+Weights = NDArray[np.float32]
+
+
+class IntentMatcher:
+    """Tells the intents of one policy apart.
+
+    Keywords come first: whole words or phrases, in any case, signs counted as words; where several intents have one in
+    the prompt, the one declared first. Then examples: the cosine of hashed words, pairs of words, and characters 3 to 5
+    long inside words (`router/ngrams.py`), weighted by term frequency and by rarity among the examples; the intent of
+    the most similar example, if it is at least `threshold`.
+    """
+
+    def __init__(self, policy: Policy, *, threshold: float = THRESHOLD) -> None:
+        self._names = list(policy.intents)
+        self._threshold = threshold
+        # The first word of a phrase -> (place of its intent, the phrase between blanks).
+        self._phrases: dict[str, list[tuple[int, str]]] = {}
+        examples: list[tuple[int, str]] = []
+        for place, intent in enumerate(policy.intents.values()):
+            for keyword in intent.keywords:
+                if tokens := _tokens(keyword):
+                    self._phrases.setdefault(tokens[0], []).append((place, f" {' '.join(tokens)} "))
+            examples += [(place, example) for example in intent.examples]
+        self._examples = _ExampleIndex(examples, len(self._names)) if examples else None
+
+    def match(self, text: str) -> str | None:
+        """The name of the intent that a prompt has, or None. Reads the first 4,096 characters."""
+        if not self._names:
+            return None
+        place = self._by_keyword(text)
+        if place is None and self._examples is not None:
+            similarity = self._examples.similarities(text)
+            best = int(similarity.argmax())
+            place = best if similarity[best] >= self._threshold else None
+        return None if place is None else self._names[place]
+
+    def similarities(self, text: str) -> dict[str, float]:
+        """For each intent the cosine, in [0, 1], of the prompt and the example most like it; 0 without examples."""
+        values = self._examples.similarities(text) if self._examples is not None else np.zeros(len(self._names))
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def _by_keyword(self, text: str) -> int | None:
+        if not self._phrases:
+            return None
+        tokens = _tokens(text)
+        padded = f" {' '.join(tokens)} "
+        found = [
+            place
+            for first in self._phrases.keys() & set(tokens)
+            for place, phrase in self._phrases[first]
+            if phrase in padded
+        ]
+        return min(found, default=None)
+
+
+class _ExampleIndex:
+    """Examples as an inverted index: for each hash slot, ascending, the examples that hold it and its weight there."""
+
+    def __init__(self, examples: list[tuple[int, str]], intents: int) -> None:
+        counted = [_counted(text) for _, text in examples]
+        of_each = [np.concatenate([slots for slots, _ in families]) for families in counted]
+        self._slots, frequency = np.unique(np.concatenate(of_each), return_counts=True)
+        self._new = np.float32(np.log(1 + len(examples)) + 1)  # the idf of what no example holds
+        self._idf = (np.log((1 + len(examples)) / (1.0 + frequency)) + 1).astype(np.float32)
+        rows = np.repeat(np.arange(len(examples)), [slots.size for slots in of_each])
+        columns = np.searchsorted(self._slots, np.concatenate(of_each))
+        weights = np.concatenate([self._weights(families)[1] for families in counted])
+        order = np.argsort(columns, kind="stable")
+        self._rows, self._values = rows[order], weights[order]
+        self._starts = np.r_[0, np.cumsum(frequency)]
+        self._count, self._intents = len(examples), intents
+        self._places = np.array([place for place, _ in examples], dtype=np.int64)
+
+    def similarities(self, text: str) -> NDArray[np.float64]:
+        """For each intent the greatest cosine with one of its examples, float64 [intents]; 0 without examples."""
+        best = np.zeros(self._intents)
+        columns, weights = self._weights(_counted(text))
+        known = columns >= 0
+        columns, weights = columns[known], weights[known]
+        if columns.size:
+            starts = self._starts[columns]
+            lengths = self._starts[columns + 1] - starts
+            ends = np.cumsum(lengths)
+            postings = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+            products = self._values[postings] * np.repeat(weights, lengths)
+            np.maximum.at(best, self._places, np.bincount(self._rows[postings], products, self._count))
+        return best
+
+    def _weights(self, families: list[tuple[Slots, Slots]]) -> tuple[Slots, Weights]:
+        """Columns (-1: in no example) and weights; the words' and the characters' have norm 1/sqrt(FAMILIES) each."""
+        columns, weights = [], []
+        for slots, counts in families:
+            column = np.minimum(np.searchsorted(self._slots, slots), self._slots.size - 1)
+            known = self._slots[column] == slots
+            weight = (1 + np.log(counts)) * np.where(known, self._idf[column], self._new)
+            norm = float(np.sqrt(weight @ weight)) or 1.0
+            columns.append(np.where(known, column, -1))
+            weights.append((weight / (norm * FAMILIES**0.5)).astype(np.float32))
+        return np.concatenate(columns), np.concatenate(weights)
+
+
+def apply_intent(policy: Policy, name: str) -> Policy:
+    """The policy for requests of an intent: what the intent gives in place of the policy's own.
+
+    Raises `InvalidRequest` (`param` `signalbox.intent`) where the policy has no such intent.
+    """
+    intent = policy.intents.get(name)
+    if intent is None:
+        known = f"there are: {', '.join(policy.intents)}" if policy.intents else "it has none"
+        raise InvalidRequest(f"the policy has no intent '{name[:64]}'; {known}", param="signalbox.intent")
+    return policy.model_copy(update=_given(intent))
+
+
+def _given(intent: Intent) -> dict[str, object]:
+    fields = ("slo", "objective", "min_quality", "allowed", "max_tokens", "parallel")
+    return {field: value for field in fields if (value := getattr(intent, field)) is not None}
+
+
+class IntentCache:
+    """Matchers of the policies in use, made when first asked for. Bounded; the one unused for longest goes first."""
+
+    def __init__(self, size: int = MAX_CACHED) -> None:
+        self._size = size
+        # By identity: the policy is kept beside its matcher, so that no other object can take its id.
+        self._matchers: OrderedDict[int, tuple[Policy, IntentMatcher]] = OrderedDict()
+
+    def of(self, policy: Policy) -> IntentMatcher:
+        """The matcher of this very policy object. Building one takes some ms where it has hundreds of examples."""
+        entry = self._matchers.get(id(policy))
+        if entry is None:
+            entry = self._matchers[id(policy)] = (policy, IntentMatcher(policy))
+            if len(self._matchers) > self._size:
+                self._matchers.popitem(last=False)
+        else:
+            self._matchers.move_to_end(id(policy))
+        return entry[1]
+
+
+def _tokens(text: str) -> list[str]:
+    """Words and signs, folded. Normalising can lengthen a text eighteenfold, hence the second bound."""
+    folded = unicodedata.normalize("NFKC", text[:MAX_CHARACTERS].casefold())[: 2 * MAX_CHARACTERS]
+    return _TOKEN.findall(folded)
+
+
+def _counted(text: str) -> list[tuple[Slots, Slots]]:
+    """For words, then characters: hash slots, ascending, and how often each occurs. int64 [k] both."""
+    families = ngrams(to_bytes(text[:MAX_CHARACTERS].casefold()))
+    found = (np.unique(slots, return_counts=True) for slots in families)
+    return [(slots + (family << BITS), counts) for family, (slots, counts) in enumerate(found)]
