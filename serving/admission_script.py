@@ -16,7 +16,6 @@ local GONE, GRACE, RATE, MAX_SHARES, STATE_TTL, MAIL_TTL = 5, 2, 0.05, 4096, 360
 local op, expert, capacity, max_queued, gateway = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
-if NOW then now = NOW end
 
 local raw = redis.call('GET', KEYS[1])
 local state = raw and cmsgpack.unpack(raw) or {running = {}, waiting = {}, shares = {}, seen = {}, ratio = 1}

@@ -7,6 +7,8 @@ and after one failure the next callers are refused at once instead of each waiti
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -141,7 +143,20 @@ class Store:
     async def script(self, lua: str, keys: Sequence[str], arguments: Sequence[bytes | str | int | float]) -> Any:
         """Run a Lua script, which is one atomic step. It must bear being run twice: a lost reply makes it repeat."""
         names = [PREFIX + key for key in keys]
-        return await self._run(lambda: self._redis.eval(lua, len(names), *names, *arguments))
+        digest = _digest(lua)
+
+        async def command() -> Any:
+            try:
+                return await self._redis.evalsha(digest, len(names), *names, *arguments)
+            except redis_errors.NoScriptError:  # the server has been started anew
+                return await self._redis.eval(lua, len(names), *names, *arguments)
+
+        return await self._run(command)
+
+    async def take(self, key: str, wait_s: float) -> bytes | None:
+        """Take the first element off a list, waiting for one for less than a second; None where none has come."""
+        found = await self._run(lambda: self._redis.blpop([PREFIX + key], timeout=wait_s))
+        return found[1] if found else None
 
     async def entries(self, key: str, after: str, count: int) -> list[tuple[str, dict[str, bytes]]]:
         """The next entries of a stream, up to `count`, after the one with this id (`0-0`: from its beginning)."""
@@ -184,6 +199,11 @@ class Store:
         if not self._lost:
             self._lost = True
             log.warning("the store %s is lost (%s); serving goes on without it", self.url, _reason(error))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(lua: str) -> str:
+    return hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA goes by
 
 
 def _cancellations() -> int:
