@@ -24,6 +24,7 @@ from signalbox.policies.base import Policy
 from signalbox.serving.access import AdmissionConfig, KeyConfig, TenantConfig
 from signalbox.serving.config_source import (
     ConfigError,
+    KeyPath,
     Problem,
     apply_overrides,
     describe,
@@ -68,7 +69,7 @@ Name = Annotated[str, AfterValidator(_check_name)]
 class ServerConfig(Strict):
     """Where the service listens and what it accepts."""
 
-    host: str = Field("127.0.0.1", description="address to bind; beyond loopback only together with api_key_env")
+    host: str = Field("127.0.0.1", description="address to bind; beyond loopback only together with API keys")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
     gateways: int = Field(1, ge=1, le=64, description="gateway processes")
     api_key_env: str | None = Field(
@@ -85,12 +86,6 @@ class ServerConfig(Strict):
             return str(ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host))
         except ValueError:
             raise ValueError("must be an IPv4 address such as 127.0.0.1") from None
-
-    @model_validator(mode="after")
-    def _no_open_door(self) -> ServerConfig:
-        if not ipaddress.IPv4Address(self.host).is_loopback and not self.api_key_env:
-            raise ValueError(f"host {self.host} is reachable from outside this machine: set api_key_env as well")
-        return self
 
 
 class StoreConfig(Strict):
@@ -314,12 +309,57 @@ def _problems(config: Config) -> list[Problem]:
                 for key, text in argument_problems(expert.engine_args)
             ]
     found += _adapter_problems(config)
-    if config.default_policy is not None and config.default_policy not in config.policies:
-        found.append(Problem(("default_policy",), _unknown("policy", config.default_policy, config.policies)))
+    found += _access_problems(config)
+    found += _judge_problems(config)
     named_or_needed = config.routers or "default_router" in config.model_fields_set
     if named_or_needed and config.default_router not in config.routers:
         found.append(Problem(("default_router",), _unknown("router", config.default_router, config.routers)))
     return found
+
+
+def _access_problems(config: Config) -> list[Problem]:
+    """Keys, tenants and the policies that they name; and no open door."""
+    found: list[Problem] = []
+    host = config.server.host
+    if not ipaddress.IPv4Address(host).is_loopback and not config.server.api_key_env and not config.keys:
+        text = f"{host} is reachable from outside this machine: set server.api_key_env, or declare keys"
+        found.append(Problem(("server", "host"), text))
+    references: list[tuple[KeyPath, str | None]] = [(("default_policy",), config.default_policy)]
+    references += [(("keys", name, "policy"), key.policy) for name, key in config.keys.items()]
+    references += [(("tenants", name, "policy"), tenant.policy) for name, tenant in config.tenants.items()]
+    found += [
+        Problem(path, _unknown("policy", policy, config.policies))
+        for path, policy in references
+        if policy is not None and policy not in config.policies
+    ]
+    holders = {config.server.api_key_env: "server.api_key_env"}
+    for name, key in config.keys.items():
+        if key.tenant is not None and key.tenant not in config.tenants:
+            found.append(Problem(("keys", name, "tenant"), _unknown("tenant", key.tenant, config.tenants)))
+        first = holders.setdefault(key.env, f"keys.{name}.env")
+        if first != f"keys.{name}.env":
+            text = f"{first} names {key.env} as well: each key needs a variable of its own"
+            found.append(Problem(("keys", name, "env"), text))
+    return found
+
+
+def _judge_problems(config: Config) -> list[Problem]:
+    """Policies whose judge is no expert."""
+    known = [*config.experts, *config.adapters, *(f"{a.base}:{name}" for name, a in config.adapters.items())]
+    judges: list[tuple[KeyPath, str | None]] = [
+        (("policies", name, "parallel", "judge"), p.parallel.judge) for name, p in config.policies.items()
+    ]
+    judges += [
+        (("policies", name, "intents", intent, "parallel", "judge"), said.parallel.judge)
+        for name, policy in config.policies.items()
+        for intent, said in policy.intents.items()
+        if said.parallel is not None
+    ]
+    return [
+        Problem(path, _unknown("expert", judge, dict.fromkeys(known)))
+        for path, judge in judges
+        if judge is not None and judge not in known
+    ]
 
 
 def _adapter_problems(config: Config) -> list[Problem]:

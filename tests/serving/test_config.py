@@ -75,7 +75,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("server: {port: many}", "3: server.port: must be a valid integer, unable to parse string as an integer"),
         (
             "server: {host: 0.0.0.0}",
-            "3: server: host 0.0.0.0 is reachable from outside this machine: set api_key_env as well",
+            "3: server.host: 0.0.0.0 is reachable from outside this machine: set server.api_key_env, or declare keys",
         ),
         ("server: {host: example.org}", "3: server.host: must be an IPv4 address such as 127.0.0.1"),
         ("server:", "3: server: must be a mapping: {key: value}"),
@@ -329,3 +329,58 @@ def test_adapters_that_cannot_be(tmp_path: Path, line: str, said: str) -> None:
     for folder in ("model", "there"):
         (tmp_path / folder).mkdir()
     assert complaints(write(tmp_path, ADAPTERS + line)) == [said]
+
+
+ACCESS = """\
+experts:
+  remote: {engine: openai, base_url: "http://127.0.0.1:9/v1", model: x}
+policies:
+  gold: {priority: 5}
+tenants:
+  acme: {policy: gold, weight: 2}
+keys:
+  ci: {env: SBX_CI, tenant: acme, policy: gold}
+"""
+
+
+def test_keys_and_tenants(tmp_path: Path) -> None:
+    config = load(write(tmp_path, ACCESS + "server: {host: 0.0.0.0}\ndefault_policy: gold\n"))
+    assert config.keys["ci"].tenant == "acme" and config.tenants["acme"].weight == 2
+    assert config.keys["ci"].policies == ("*",) and not config.keys["ci"].admin
+    assert load(write(tmp_path, MINIMAL + "server: {host: 0.0.0.0, api_key_env: X}\n")).server.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("  b: {env: SBX_B, tenant: acne}", "9: keys.b.tenant: there is no tenant 'acne'; did you mean 'acme'?"),
+        ("  b: {env: SBX_B, policy: glod}", "9: keys.b.policy: there is no policy 'glod'; did you mean 'gold'?"),
+        ("  b: {env: SBX_CI}", "9: keys.b.env: keys.ci.env names SBX_CI as well: each key needs a variable of its own"),
+        ("server: {api_key_env: SBX_CI}", "8: keys.ci.env: server.api_key_env names SBX_CI as well: each key needs a variable of its own"),
+        ("  b: {}", "9: keys.b.env: must be given: environment variable that holds the key"),
+        ("  b: {env: SBX_B, key: secret}", "9: keys.b.key: unknown key; known: env, tenant, policy, policies, admin"),
+        ("default_policy: glod", "9: default_policy: there is no policy 'glod'; did you mean 'gold'?"),
+    ],
+)  # fmt: skip
+def test_access_that_cannot_be(tmp_path: Path, line: str, said: str) -> None:
+    assert complaints(write(tmp_path, ACCESS + line)) == [f"signalbox.yaml:{said}"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("{parallel: {samples: 3, arbiter: judge, judge: remot}}", "policies.gold.parallel.judge: there is no expert 'remot'; did you mean 'remote'?"),
+        ("{intents: {sums: {parallel: {arbiter: judge, judge: none}}}}", "policies.gold.intents.sums.parallel.judge: there is no expert 'none'; known: remote"),
+        ("{parallel: {arbiter: judge}}", "policies.gold.parallel: `arbiter: judge` needs `judge: EXPERT`, and nothing else does"),
+    ],
+)  # fmt: skip
+def test_a_judge_is_an_expert(tmp_path: Path, policy: str, said: str) -> None:
+    assert complaints(write(tmp_path, MINIMAL + f"policies: {{gold: {policy}}}\n")) == [f"signalbox.yaml:3: {said}"]
+    load(write(tmp_path, MINIMAL + "policies: {gold: {parallel: {arbiter: judge, judge: remote}}}\n"))
+
+
+def test_a_tenants_policy_is_declared(tmp_path: Path) -> None:
+    text = ACCESS.replace("acme: {policy: gold", "acme: {policy: golden")
+    assert complaints(write(tmp_path, text)) == [
+        "signalbox.yaml:6: tenants.acme.policy: there is no policy 'golden'; did you mean 'gold'?"
+    ]
