@@ -77,7 +77,15 @@ def read_yaml(file: Path) -> ConfigSource:
         raise ConfigError([f"{file}: is not UTF-8 text"]) from None
     except OSError as error:
         raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
-    loader = yaml.SafeLoader(text)
+    return parse_yaml(text, file)
+
+
+def parse_yaml(text: str, file: Path) -> ConfigSource:
+    """As `read_yaml`, of a text that came from elsewhere; `file` is what messages call it."""
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:  # a character that no YAML may have
+        raise ConfigError([f"{file}: not valid YAML: {str(error).splitlines()[0]}"]) from None
     try:
         root = loader.get_single_node()
         source = ConfigSource(file, {})
@@ -97,6 +105,8 @@ def read_yaml(file: Path) -> ConfigSource:
         raise ConfigError([f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}"]) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise ConfigError([f"{file}: not valid YAML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{file}: not valid YAML: it is nested too deeply"]) from None
     finally:
         loader.dispose()
     return source
