@@ -36,7 +36,7 @@ class Caller:
 
 
 # Whoever asks where no key is configured, and whoever has the key of `server.api_key_env`.
-_UNBOUND = Caller(None, None, 1.0, None, None, ("*",), True)
+UNBOUND = Caller(None, None, 1.0, None, None, ("*",), True)
 
 
 class Callers:
@@ -50,7 +50,7 @@ class Callers:
         environment = os.environ if environment is None else environment
         self._by_digest: dict[bytes, Caller] = {}
         variables: dict[bytes, str] = {}
-        declared = [("server.api_key_env", config.server.api_key_env, _UNBOUND)] if config.server.api_key_env else []
+        declared = [("server.api_key_env", config.server.api_key_env, UNBOUND)] if config.server.api_key_env else []
         for name, key in config.keys.items():
             tenant = config.tenants[key.tenant] if key.tenant is not None else None
             caller = Caller(
@@ -79,7 +79,7 @@ class Callers:
     def identify(self, headers: Mapping[bytes, bytes]) -> Caller:
         """Whose key the request carries, as bearer token or `x-api-key`. Raises `InvalidRequest` (401)."""
         if not self._by_digest:
-            return _UNBOUND
+            return UNBOUND
         given = headers.get(b"x-api-key", b"").strip()
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer":
