@@ -52,7 +52,7 @@ def test_one_place_waits_as_pollaczek_and_khinchine_say(use: float, system: Syst
 def test_a_batch_serves_what_its_arithmetic_says() -> None:
     """Far above capacity the engine finishes as many requests a second as `SpeedModel.requests_per_s` says."""
     expert = SimulatedExpert("engine", SpeedModel(1e9, 20.0, 2.0), max_running=8, max_waiting=10**6)
-    load = synthetic(100.0, 200.0, {"plain": 1.0}, lengths=Lengths((4, 4), (10, 10)), seed=1)
+    load = synthetic(100.0, 60.0, {"plain": 1.0}, lengths=Lengths((4, 4), (10, 10)), seed=1)
     done = simulate(load, [expert], {"plain": Policy()}, system="fcfs", grace_s=0.0)
     answered = sum(o.status == "answered" for o in done.outcomes)
     assert answered / load[-1].at == pytest.approx(expert.speed.requests_per_s(8, 1, 10), rel=0.02)
