@@ -16,7 +16,8 @@ MAX_CHARACTERS = 200_000  # of an answer that are looked at, from its end
 
 # What announces a final answer: \boxed{...}, the last line of GSM8K's solutions, and the words.
 _MARKER = re.compile(r"\\boxed\s*\{|####|\banswer\s*(?:is|:)\s*:?", re.IGNORECASE)
-_DRESSING = " \t*_`$\"'“”‘’:=~\\"
+_FRACTION = re.compile(r"\\[dt]?frac\s?\{(\d{1,40})\}\s?\{(\d{1,40})\}")
+_DRESSING = " \t*_`$\"'“”‘’:=~"
 _OPTION = re.compile(r"\(([A-Ja-j])\)|([A-J])(?=\W*$|[).:,;*]|\s+(?:because|since|as)\b)")
 _NUMBER = re.compile(r"(?<![\w.])[-−+]?[$€£]?\s?(\d{1,3}(?:,\d{3})+|\d{1,40})(\.\d{1,40})?(?:\s?/\s?(\d{1,40}))?(?!\w)")
 _SENTENCE = re.compile(r"[.!?](?=\s|$)|\n")
@@ -35,7 +36,13 @@ def final_answer(text: str) -> str:
     if marker is None:
         return _plain_number(_NUMBER.fullmatch(text.rstrip(" .%"))) or _fold(text)
     rest = text[marker.end() :]
-    said = _inside_braces(rest) if marker[0].endswith("{") else _SENTENCE.split(rest.lstrip(_DRESSING + "\n"), 1)[0]
+    if marker[0].endswith("{"):
+        said = _inside_braces(rest)
+    else:
+        said = _SENTENCE.split(rest.lstrip(_DRESSING + "\n"), 1)[0]
+    said = _FRACTION.sub(r"\1/\2", said)
+    if "\\" in said:  # a formula: any number in it is a part of the answer
+        return _fold(said) or _fold(text)
     said = said.lstrip(_DRESSING)
     option = _OPTION.match(said)
     if option is not None:
