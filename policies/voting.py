@@ -12,7 +12,7 @@ from decimal import Decimal
 
 from signalbox.experts.base import Chunk
 
-MAX_CHARACTERS = 200_000  # of an answer that are looked at, from its end
+MAX_CHARACTERS = 20_000  # of an answer that are looked at, from its end
 
 # What announces a final answer: \boxed{...}, the last line of GSM8K's solutions, and the words.
 _MARKER = re.compile(r"\\boxed\s*\{|####|\banswer\s*(?:is|:)\s*:?", re.IGNORECASE)

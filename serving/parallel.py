@@ -39,7 +39,7 @@ _WHOLE_NUMBER = re.compile(r"(?<![\w.,-])\d{1,3}(?!\w|[.,]\d)")
 class Verdict:
     """Which answer was chosen, and why.
 
-    `why` is one of `only` (no other answered), `first`, `vote`, `judge`, and `judge_failed`, where the judge named none
+    `why` is one of `first`, `only` (no other answered), `vote`, `judge`, and `judge_failed`, where the judge named none
     and the vote decided. `votes` has for each answer how many agree with it, itself among them; 0 for those that failed
     or were stopped. `judge_usage` are the judge's tokens, at the judge's price.
     """
@@ -155,10 +155,10 @@ async def arbitrate(
     fails, takes too long or names none, the vote decides. Raises `ValueError` for no answers.
     """
     index, votes = vote(answers)
-    if len(answers) == 1:
-        return Verdict(0, "only", votes)
     if parallel.arbiter == "none":
         return Verdict(0, "first", votes)
+    if len(answers) == 1:
+        return Verdict(0, "only", votes)
     if parallel.arbiter == "vote":
         return Verdict(index, "vote", votes)
     texts = [text_of_answer(chunks) for chunks in answers]
