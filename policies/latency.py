@@ -156,7 +156,8 @@ class LatencyModel:
 
     def predict(self, load: Load, prompt_tokens: float, answer_tokens: float | None = None) -> Latency:
         """As the function `predict`, by what is known now; `answer_tokens` None: an answer of usual length."""
-        return predict(self._now(), self._declared, load, prompt_tokens, answer_tokens or self._answer_tokens)
+        answer = self._answer_tokens if answer_tokens is None else answer_tokens
+        return predict(self._now(), self._declared, load, prompt_tokens, answer)
 
     def observe(
         self,
@@ -230,6 +231,11 @@ class LatencyModel:
     def errors(self) -> tuple[float | None, float | None]:
         """Median relative errors of TTFT and of time per token over the last 256 requests; None before the first."""
         return self._ttft_errors.median, self._tpot_errors.median
+
+    @property
+    def usual_answer_tokens(self) -> float:
+        """Tokens of an answer, a mean over recent ones."""
+        return self._answer_tokens
 
     def _now(self) -> LatencyState:
         ttft, tpot = tuple(self._ttft.coefficients), tuple(self._tpot.coefficients)

@@ -21,6 +21,7 @@ from signalbox.experts.base import (
     ExpertError,
     ExpertUnavailable,
     GenerateRequest,
+    InvalidRequest,
     QueueFull,
     ReplicaNotReady,
 )
@@ -29,6 +30,7 @@ from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import live_state
 from signalbox.serving.adapter_replica import OneReplica, ReplicaAdapters
 from signalbox.serving.live_state import ReplicaState
+from signalbox.serving.request_watch import RequestWatch
 from signalbox.serving.store import Store, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class ExpertDeployment:
         self._reason = "starting"
         self._running: dict[str, asyncio.Task[ExpertError | None]] = {}
         self._facts: dict[str, Any] = {}
-        self._density = _Density()
+        self._watch = RequestWatch(config)
         self._published = 0
         self._store = Store(store_url)
         self._rank = _replica_rank()
@@ -106,6 +108,16 @@ class ExpertDeployment:
             return self._unavailable()
         try:
             return await self._engine.score(request, reference)
+        except ExpertError as error:
+            return error
+
+    async def count_tokens(self, request: GenerateRequest) -> int | ExpertError | None:
+        """Tokens of the request's prompt; None where the engine cannot tell. An `ExpertError` is returned, not raised."""
+        if self._engine is None:
+            return self._unavailable()
+        count = getattr(self._engine, "count_tokens", None)
+        try:
+            return int(await count(request)) if count is not None else None
         except ExpertError as error:
             return error
 
@@ -177,18 +189,19 @@ class ExpertDeployment:
     ) -> ExpertError | None:
         """Move chunks from the engine into `ready` as they come; returns the error that ended them, if any."""
         chunks = engine.generate(request)
+        watched = self._watch.begin(request)
         try:
             async for chunk in chunks:
                 ready.append(chunk)
                 news.set()
-                if chunk.usage is not None:
-                    self._density.note(request, chunk.usage.prompt_tokens)
+                watched.chunk(chunk)
         except ExpertError as error:
             return error
         except Exception:
             log.exception("expert %s failed on request %s", self._name, request.request_id)
             return ExpertError(f"expert {self._name!r} failed on this request")
         finally:
+            watched.close()
             close = getattr(chunks, "aclose", None)
             if close is not None:
                 await close()
@@ -265,7 +278,9 @@ class ExpertDeployment:
             reason=self._why_not() if self._engine is None else ("" if engine.healthy else "the engine is not healthy"),
             engine=engine,
             **self._facts,
-            bytes_per_token=self._density.bytes_per_token,
+            bytes_per_token=self._watch.bytes_per_token,
+            prompt_tokens_waiting=self._watch.load().prompt_tokens_waiting,
+            latency=self._watch.latency(),
             sequence=self._published,
         )
 
@@ -277,28 +292,6 @@ class ExpertDeployment:
 
     def _unavailable(self) -> ReplicaNotReady:
         return ReplicaNotReady(f"expert {self._name!r} is not ready: {self._why_not()}")
-
-
-class _Density:
-    """UTF-8 bytes of prompt for each prompt token, over recent requests (long ones weigh more)."""
-
-    def __init__(self) -> None:
-        self._bytes = self._tokens = 0.0
-
-    def note(self, request: GenerateRequest, prompt_tokens: int) -> None:
-        """Count one finished request; token ids have no bytes and say nothing."""
-        if request.messages is not None:
-            size = sum(len(m["content"].encode()) for m in request.messages if isinstance(m.get("content"), str))
-        else:
-            size = len((request.prompt or "").encode())
-        if size and prompt_tokens:
-            self._bytes = 0.99 * self._bytes + size
-            self._tokens = 0.99 * self._tokens + prompt_tokens
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """None until some hundred tokens have been seen: the chat template outweighs the text of short prompts."""
-        return max(0.5, self._bytes / self._tokens) if self._tokens >= 256 else None
 
 
 def _build(name: str, config: ExpertConfig) -> Engine:
@@ -397,6 +390,21 @@ class ExpertClient:
             if not finished:
                 response.cancel()
                 self._abort_soon(request.request_id)
+
+    async def count_tokens(self, request: GenerateRequest) -> int | None:
+        """Tokens of the request's prompt by the expert's tokenizer; None where it cannot tell, or not in time.
+
+        Raises `InvalidRequest` where the request can never be served.
+        """
+        try:
+            async with asyncio.timeout(ACCEPT_S):
+                counted = await self._handle.count_tokens.remote(request)
+        except Exception as error:
+            log.warning("request %s: expert %s did not count its tokens: %r", request.request_id, self.name, error)
+            return None
+        if isinstance(counted, InvalidRequest):
+            raise counted
+        return None if isinstance(counted, ExpertError) else counted
 
     def _abort_soon(self, request_id: str) -> None:
         """Cancelling the call is enough where it reached the replica; this also stops one that is just arriving."""

@@ -15,8 +15,9 @@ from typing import Any
 import orjson
 
 from signalbox.experts.base import InvalidRequest
-from signalbox.experts.catalog import ExpertConfig
-from signalbox.policies.base import Candidate
+from signalbox.experts.catalog import ExpertConfig, LocalExpert
+from signalbox.policies.base import Candidate, RequestShape
+from signalbox.policies.latency import Latency
 from signalbox.serving import live_state
 from signalbox.serving.adapter_table import AdapterTable, ServedAdapter
 from signalbox.serving.config import Config
@@ -52,6 +53,7 @@ class Pool:
         self._adapters = adapters
         self._declared = config.adapters
         self._assumed = assume_adapters
+        self._queued_in_front = config.admission.enabled
         self._versions = {name: _version_of_expert(expert) for name, expert in config.experts.items()}
 
     # -- names -------------------------------------------------------------------------------------------------
@@ -137,14 +139,28 @@ class Pool:
         declared = self._declared.get(target.name.partition(":")[2])
         return declared is None or declared.routable
 
-    def candidates(self) -> list[Candidate]:
-        """The routable experts with their live figures; an adapter's are its base's."""
-        found = []
-        for name in self.routable():
-            target = self.known(name)
-            if target is not None:
-                found.append(live_state.candidate(name, target.config, self._live.expert(target.expert)))
-        return found
+    def candidates(self, shape: RequestShape | None = None) -> list[Candidate]:
+        """The routable experts with their live figures for a request of this shape; an adapter's are its base's."""
+        return [found for name in self.routable() if (found := self.candidate(name, shape)) is not None]
+
+    def candidate(self, name: str, shape: RequestShape | None = None) -> Candidate | None:
+        """One expert, routable or not; None where there is none of this name."""
+        target = self.known(name)
+        if target is None:
+            return None
+        live = self._live.expert(target.expert)
+        return live_state.candidate(name, target.config, live, shape, queued_in_front=self._queued_in_front)
+
+    def capacity(self, expert: str) -> int:
+        """How many requests a deployment takes at once, over its replicas that are ready; what is configured before."""
+        config = self._experts[expert]
+        replicas = config.replicas if isinstance(config, LocalExpert) else 1
+        return self._live.expert(expert).capacity or config.max_running * replicas
+
+    def latency(self, target: Target, shape: RequestShape) -> Latency:
+        """What a request of this shape would see of an expert now, from when the expert gets it."""
+        live = self._live.expert(target.expert)
+        return live_state.latency(target.config, live, shape, queued_in_front=self._queued_in_front)
 
     def request_fields(self, name: str) -> frozenset[str] | None:
         """The request fields beyond the common ones that a known expert's engine understands, None for all."""

@@ -22,6 +22,7 @@ from signalbox.experts.base import (
     QueueFull,
     SamplingParams,
 )
+from signalbox.policies.latency import Latency, Load, predict
 from signalbox.serving import expert_deployment, live_state
 from signalbox.serving.expert_deployment import ExpertClient, ExpertDeployment
 from signalbox.serving.live_state import ReplicaState
@@ -157,6 +158,32 @@ async def test_state_is_published_with_the_model_s_facts(client: ExpertClient, v
     assert len(state.fingerprint) == 16
     assert state.engine.ttft_ms and state.engine.ttft_ms > 0
     assert state.bytes_per_token and 1.0 < state.bytes_per_token < 8.0
+    assert state.latency and state.latency.ttft_count and state.latency.max_running == 8
+
+
+async def test_its_speed_is_learnt_from_what_it_serves(models: dict[str, Path], valkey: str) -> None:
+    replica = await started("learning", models["tiny"], valkey)
+    try:
+        before = (await replica.state()).latency
+
+        async def one(i: int) -> None:
+            items = [item async for item in replica.generate(request(f"l{i}", 40))]
+            assert not any(isinstance(item, ExpertError) for item in items)
+
+        for i in range(10):
+            await asyncio.gather(*(one(4 * i + j) for j in range(1 + i % 4)))
+        refused = [item async for item in replica.generate(request("bad", logit_bias={100_000: 1.0}))]
+        assert isinstance(refused[0], ExpertError)
+        state = await replica.state()
+    finally:
+        await replica.close()
+    assert before is not None and before.ttft_count == 0 and before.ttft_error is None
+    learnt = state.latency
+    assert learnt is not None and learnt.ttft_count == learnt.tpot_count == 23
+    assert learnt.ttft_error is not None and learnt.tpot_error is not None
+    assert state.prompt_tokens_waiting == 0
+    idle_ms = predict(learnt, Latency(500, 50), Load(), 10, 40)
+    assert idle_ms.ttft_ms < 250 and idle_ms.tpot_ms < 25, "declared: 500 and 50; this model takes a few milliseconds"
 
 
 async def started(name: str, model: Path, valkey: str) -> ExpertDeployment:
