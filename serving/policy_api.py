@@ -24,6 +24,7 @@ from signalbox.serving.protocols.fields import integer
 from signalbox.serving.protocols.openai import parse_json
 
 MAX_BODY_BYTES = 2 * MAX_BYTES  # with YAML's comments and spaces
+MAX_DEPTH = 16  # of YAML
 
 _YAML = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
 _JSON = frozenset({"application/json", "application/x-www-form-urlencoded", ""})  # curl's default says nothing
@@ -206,21 +207,31 @@ def _listed(problems: list[Problem]) -> list[dict[str, str]]:
 
 
 def _parse_yaml(data: bytes) -> dict[str, Any]:
-    """Raises `InvalidRequest`. Aliases are refused: a few lines of them can stand for gigabytes."""
+    """Raises `InvalidRequest`."""
     try:
         text = data.decode()
-        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+        _refuse_bombs(text)
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not UTF-8 text", code="invalid_yaml") from None
-    except (yaml.YAMLError, RecursionError):
-        aliases = False  # said below, with its line
-    if aliases:
-        raise InvalidRequest("the body has YAML aliases (*name): write out what they stand for", code="invalid_yaml")
+    except yaml.YAMLError:
+        pass  # told below, with its line
     try:
         return parse_yaml(text, Path("line")).data
     except ConfigError as error:
         said = "; ".join(message[:MAX_TEXT] for message in error.messages[:MAX_PROBLEMS])
         raise InvalidRequest(f"the body cannot be read as YAML: {said}", code="invalid_yaml") from None
+
+
+def _refuse_bombs(text: str) -> None:
+    """What is small to send and takes long, or much memory, to read. Raises `InvalidRequest`."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            text = "the body has YAML aliases (*name): write out what they stand for"
+            raise InvalidRequest(text, code="invalid_yaml")
+        if depth > MAX_DEPTH:
+            raise InvalidRequest("the body is nested too deeply", code="invalid_yaml")
 
 
 # -- conditions ------------------------------------------------------------------------------------------------
