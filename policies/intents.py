@@ -6,6 +6,7 @@ in Reconfigurable Multi-Agent RAG, arXiv 2412.06832; papers.md, section 8).
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
 from collections import OrderedDict
@@ -32,8 +33,10 @@ _UNSPACED += "\U00020000-\U0003ffff"
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 _TOKEN = re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_MARKS}])+|[^\s]")
 
+_ROWS = 16  # bits for an example's number; a policy has 32 x 64 at most
+
 Slots = NDArray[np.int64]
-Weights = NDArray[np.float32]
+Weights = NDArray[np.float64]
 
 
 class IntentMatcher:
@@ -96,23 +99,25 @@ class _ExampleIndex:
     def __init__(self, examples: list[tuple[str, ...]]) -> None:
         self._width = max(NEIGHBOURS, *map(len, examples))
         self._divisor = np.array([min(NEIGHBOURS, max(1, len(texts))) for texts in examples])
-        cells = [i * self._width + j for i, texts in enumerate(examples) for j in range(len(texts))]
-        counted = [_counted(text) for texts in examples for text in texts]
-        of_each = [np.concatenate([slots for slots, _ in families]) for families in counted]
-        slots, frequency = np.unique(np.concatenate(of_each), return_counts=True)
-        self._slots = np.r_[slots, np.iinfo(np.int64).max]  # a search ends here at the latest
-        self._idf = (np.log((1 + len(cells)) / (1.0 + frequency)) + 1).astype(np.float32)
-        self._idf = np.r_[self._idf, np.float32(np.log(1 + len(cells)) + 1)]  # the last: of what no example holds
-        columns = np.searchsorted(self._slots, np.concatenate(of_each))
-        weights = np.concatenate([self._weights(families)[1] for families in counted])
-        order = np.argsort(columns, kind="stable")
-        self._cells = np.repeat(cells, [slots.size for slots in of_each])[order]
-        self._values = weights[order]
+        cells = np.array([i * self._width + j for i, texts in enumerate(examples) for j in range(len(texts))])
+        slots_of = [_slots(text) for texts in examples for text in texts]
+        rows = np.repeat(np.arange(len(cells)), [slots.size for slots in slots_of])
+        held, counts = np.unique((np.concatenate(slots_of) << _ROWS) + rows, return_counts=True)
+        slots, rows = held >> _ROWS, held & ((1 << _ROWS) - 1)
+        known, columns, frequency = np.unique(slots, return_inverse=True, return_counts=True)
+        self._slots = np.r_[known, np.iinfo(np.int64).max]  # a search ends here at the latest
+        # Inverse document frequency; the last is that of what no example holds.
+        self._idf = np.log((1 + len(cells)) / (1.0 + np.r_[frequency, 0])) + 1
+        self._values = _unit((1 + np.log(counts)) * self._idf[columns], rows * FAMILIES + (slots >> BITS))
+        self._cells = cells[rows]
         self._starts = np.r_[0, np.cumsum(frequency)]
 
-    def similarities(self, text: str) -> NDArray[np.float64]:
+    def similarities(self, text: str) -> Weights:
         """For each intent the mean of its `NEIGHBOURS` greatest cosines, float64 [intents]; 0 without examples."""
-        columns, weights = self._weights(_counted(text))
+        slots, counts = np.unique(_slots(text), return_counts=True)
+        columns = np.searchsorted(self._slots, slots)
+        columns = np.where(self._slots[columns] == slots, columns, -1)
+        weights = _unit((1 + np.log(counts)) * self._idf[columns], slots >> BITS)
         known = columns >= 0
         columns, weights = columns[known], weights[known]
         if not columns.size:
@@ -124,20 +129,8 @@ class _ExampleIndex:
         products = self._values[postings] * np.repeat(weights, lengths)
         cells = np.bincount(self._cells[postings], products, self._divisor.size * self._width)
         nearest = np.partition(cells.reshape(-1, self._width), -NEIGHBOURS, axis=1)[:, -NEIGHBOURS:]
-        similarity: NDArray[np.float64] = nearest.sum(axis=1) / self._divisor
+        similarity: Weights = nearest.sum(axis=1) / self._divisor
         return similarity
-
-    def _weights(self, families: list[tuple[Slots, Slots]]) -> tuple[Slots, Weights]:
-        """Columns (-1: in no example) and weights; the words' and the characters' have norm 1/sqrt(FAMILIES) each."""
-        columns, weights = [], []
-        for slots, counts in families:
-            column = np.searchsorted(self._slots, slots)
-            column = np.where(self._slots[column] == slots, column, -1)
-            weight = (1 + np.log(counts)) * self._idf[column]
-            norm = float(np.sqrt(weight @ weight)) or 1.0
-            columns.append(column)
-            weights.append((weight / (norm * FAMILIES**0.5)).astype(np.float32))
-        return np.concatenate(columns), np.concatenate(weights)
 
 
 def apply_intent(policy: Policy, name: str) -> Policy:
@@ -158,26 +151,44 @@ def _given(intent: Intent) -> dict[str, object]:
 
 
 class IntentCache:
-    """Matchers of the policies in use, made when first asked for. Bounded; the one unused for longest goes first."""
+    """Matchers of the policies in use, made when first asked for. Bounded; the one unused for longest goes first.
+
+    For one event loop. Building takes some 0.2 ms an example: `ready` does it in a thread, `of` here and now.
+    """
 
     def __init__(self, size: int = MAX_CACHED) -> None:
         self._size = size
         # By identity: the policy is kept beside its matcher, so that no other object can take its id.
         self._matchers: OrderedDict[int, tuple[Policy, IntentMatcher]] = OrderedDict()
+        self._building: dict[int, asyncio.Task[IntentMatcher]] = {}
 
     def __len__(self) -> int:
         return len(self._matchers)
 
     def of(self, policy: Policy) -> IntentMatcher:
-        """The matcher of this very policy object. Building one takes some ms where it has hundreds of examples."""
+        """The matcher of this very policy object."""
         entry = self._matchers.get(id(policy))
         if entry is None:
-            entry = self._matchers[id(policy)] = (policy, IntentMatcher(policy))
-            if len(self._matchers) > self._size:
-                self._matchers.popitem(last=False)
-        else:
-            self._matchers.move_to_end(id(policy))
+            return self._keep(policy, IntentMatcher(policy))
+        self._matchers.move_to_end(id(policy))
         return entry[1]
+
+    async def ready(self, policy: Policy) -> IntentMatcher:
+        """The same, without holding the event loop up."""
+        if id(policy) in self._matchers or not any(intent.examples for intent in policy.intents.values()):
+            return self.of(policy)
+        task = self._building.get(id(policy))
+        if task is None:
+            task = self._building[id(policy)] = asyncio.create_task(asyncio.to_thread(IntentMatcher, policy))
+            task.add_done_callback(lambda _: self._building.pop(id(policy), None))  # which keeps the policy till then
+        matcher = await asyncio.shield(task)  # others may wait for it too
+        return self.of(policy) if id(policy) in self._matchers else self._keep(policy, matcher)
+
+    def _keep(self, policy: Policy, matcher: IntentMatcher) -> IntentMatcher:
+        self._matchers[id(policy)] = (policy, matcher)
+        if len(self._matchers) > self._size:
+            self._matchers.popitem(last=False)
+        return matcher
 
 
 def _tokens(text: str) -> list[str]:
@@ -186,8 +197,13 @@ def _tokens(text: str) -> list[str]:
     return _TOKEN.findall(folded)
 
 
-def _counted(text: str) -> list[tuple[Slots, Slots]]:
-    """For words, then characters: hash slots, ascending, and how often each occurs. int64 [k] both."""
+def _slots(text: str) -> Slots:
+    """Hash slots, with repeats, int64 in [0, FAMILIES << BITS): of words and their pairs, then of characters."""
     families = ngrams(to_bytes(text[:MAX_CHARACTERS].casefold()))
-    found = (np.unique(slots, return_counts=True) for slots in families)
-    return [(slots + (family << BITS), counts) for family, (slots, counts) in enumerate(found)]
+    return np.concatenate([slots + (family << BITS) for family, slots in enumerate(families)])
+
+
+def _unit(weights: Weights, groups: Slots) -> Weights:
+    """Scaled so that each group, one family of one text, has norm 1/sqrt(FAMILIES)."""
+    norms = np.sqrt(FAMILIES * np.bincount(groups, weights * weights))
+    return weights / norms[groups]

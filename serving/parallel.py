@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 QUESTION_CHARACTERS = 4_000  # of the question that a judge is shown
 ANSWERS_CHARACTERS = 12_000  # of all answers together
-JUDGE_TOKENS = 16  # a judge need not write more
 JUDGE_TIMEOUT_S = 60.0  # then the vote decides
 
 # Messages for the judge -> its reply and what it cost.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signalbox.experts.base import InvalidRequest
+from signalbox.policies import intents
 from signalbox.policies.base import Objective, Parallel, Policy, Slo
 from signalbox.policies.intents import MAX_CHARACTERS, IntentCache, IntentMatcher, apply_intent
 
@@ -195,6 +198,28 @@ def test_matchers_are_kept_by_identity_and_bounded() -> None:
     assert len(cache) == 2
 
 
+async def test_a_matcher_is_built_once_and_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Watched(IntentMatcher):
+        def __init__(self, policy: Policy) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(policy)
+
+    monkeypatch.setattr(intents, "IntentMatcher", Watched)
+    cache = IntentCache()
+    first = asyncio.create_task(cache.ready(SUPPORT))
+    await asyncio.sleep(0)
+    first.cancel()  # whoever asked first may go away
+    found = await asyncio.gather(*(cache.ready(SUPPORT) for _ in range(5)))
+    assert all(matcher is found[0] for matcher in found) and len(cache) == 1
+    assert cache.of(SUPPORT) is found[0] and await cache.ready(SUPPORT) is found[0]
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+    plain = Policy.model_validate({"intents": {"it": {"keywords": ["word"]}}})
+    assert (await cache.ready(plain)).match("a word") == "it"
+    assert threads[1:] == [threading.get_ident()], "nothing to wait for"
+
+
 def test_calibration_on_real_intents() -> None:
     """The figures beside `THRESHOLD`, on fewer prompts: 16 intents of Banking77 and CLINC150, 16 examples each."""
     if not DATA.is_dir():
@@ -211,12 +236,12 @@ def test_calibration_on_real_intents() -> None:
             if intent != "oos":
                 texts[name].setdefault(intent, []).append(text)
     for name, other in (("clinc150", "banking77"), ("banking77", "clinc150")):
-        intents, asked = {}, []
+        examples, asked = {}, []
         for i, intent in enumerate(rng.choice(sorted(texts[name]), 16, replace=False)):
             drawn = [str(text) for text in rng.permutation(texts[name][intent])]
-            intents[f"intent-{i}"] = {"examples": drawn[:16]}
+            examples[f"intent-{i}"] = {"examples": drawn[:16]}
             asked += [(f"intent-{i}", text) for text in drawn[16:24]]
-        matcher = IntentMatcher(Policy.model_validate({"intents": intents}))
+        matcher = IntentMatcher(Policy.model_validate({"intents": examples}))
         found = [(intent, matcher.match(text)) for intent, text in asked]
         recognised = sum(said == intent for intent, said in found)
         answered = sum(said is not None for _, said in found)
