@@ -94,6 +94,11 @@ class TransformersEngine:
                 sequence.aborted = True  # before its next step the thread frees the row; no matter once finished
                 self._notify()
 
+    async def count_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of the request's prompt, chat template included."""
+        runner = self._ready().runner
+        return len(await tokenise(self.name, runner, runner.vocab_size, request))
+
     async def score(self, request: GenerateRequest, reference: str) -> Score:
         """Negative log-likelihood of `reference` as the answer, by a forward pass without the cache."""
         runner = self._ready().runner

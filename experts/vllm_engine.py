@@ -161,6 +161,11 @@ class VllmEngine:
                         await asyncio.sleep(pause)
         raise ExpertUnavailable(f"expert {self.name!r} ended its answer too early")
 
+    async def count_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of the request's prompt, chat template included."""
+        core, encoder = self._ready()
+        return len(await tokenise(self.name, encoder, core.vocab_size, request))
+
     async def score(self, request: GenerateRequest, reference: str) -> Score:
         """Negative log-likelihood of `reference` as the answer, from vLLM's log-probabilities of prompt tokens."""
         core, encoder = self._ready()

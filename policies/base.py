@@ -170,7 +170,10 @@ class Policy(Strict):
 
 @dataclass(slots=True, frozen=True)
 class Candidate:
-    """One expert as the decision sees it: declared facts and live figures. Money in USD, times in ms."""
+    """One expert as the decision sees it: declared facts and live figures. Money in USD, times in ms.
+
+    `ttft_ms` is from when the request has its place; before that it waits `wait_ms` in the queue of admission.
+    """
 
     name: str
     price_input: float
@@ -182,6 +185,7 @@ class Candidate:
     released_ordinal: int | None = None
     bytes_per_token: float = 4.0
     available: bool = True
+    wait_ms: float = 0.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -224,7 +228,7 @@ def _figure(value: float | str) -> str:
 
 @dataclass(slots=True)
 class Rating:
-    """One expert's row in the score table of a decision."""
+    """One expert's row in the score table of a decision. `ttft_ms` and `total_ms` include `wait_ms`."""
 
     expert: str
     quality: float
@@ -235,6 +239,7 @@ class Rating:
     tpot_ms: float
     total_ms: float
     utility: float
+    wait_ms: float = 0.0
     strikes: list[Strike] = field(default_factory=list)
 
 

@@ -14,6 +14,7 @@ from signalbox.policies.base import (
     Policy,
     Rating,
     RequestShape,
+    Slo,
     Strike,
 )
 
@@ -49,7 +50,7 @@ def decide(
         NoCandidate: every expert is struck out and `on_no_candidates` is `fail`, or none can serve at all.
     """
     weights = objective or policy.objective
-    ratings = [_rate(candidate, prediction, shape, policy) for candidate in candidates]
+    ratings = [rate(candidate, prediction, shape, policy) for candidate in candidates]
     able = [r for r in ratings if not _hard(r)]
     facts = {c.name: c for c in candidates}
     _set_utilities(ratings, able, facts, weights, max(spread, 1e-6))
@@ -81,10 +82,10 @@ def decide(
     )
 
 
-def _rate(
+def rate(
     candidate: Candidate, prediction: Mapping[str, tuple[float, float]], shape: RequestShape, policy: Policy
 ) -> Rating:
-    """Predicted figures of one expert and the constraints that strike it out; utility is set later."""
+    """Predicted figures of one expert and the constraints that strike it out; `decide` sets the utility."""
     quality, uncertainty = prediction.get(candidate.name, (0.0, 0.0))
     prompt_tokens = max(1, math.ceil(shape.prompt_bytes / candidate.bytes_per_token))
     answer_tokens = max(1, shape.answer_tokens)
@@ -95,10 +96,11 @@ def _rate(
         uncertainty=uncertainty,
         cost_usd=cost,
         cost_per_1m=cost * 1e6 / (prompt_tokens + answer_tokens),
-        ttft_ms=candidate.ttft_ms,
+        ttft_ms=candidate.wait_ms + candidate.ttft_ms,
         tpot_ms=candidate.tpot_ms,
-        total_ms=candidate.ttft_ms + candidate.tpot_ms * (answer_tokens - 1),
+        total_ms=candidate.wait_ms + candidate.ttft_ms + candidate.tpot_ms * (answer_tokens - 1),
         utility=0.0,
+        wait_ms=candidate.wait_ms,
     )
     strike = rating.strikes.append
     if not candidate.available:
@@ -134,6 +136,18 @@ def violation(rating: Rating) -> float:
     if _hard(rating):
         return math.inf
     return sum(abs(distance(float(s.limit), float(s.value))) for s in rating.strikes)
+
+
+def slack_ms(rating: Rating, slo: Slo) -> float | None:
+    """How long a request may wait for this expert and still keep the ceilings on time; None: as long as it likes.
+
+    A ceiling that the expert breaks without any waiting bounds nothing: it cannot be kept by hurrying.
+    """
+    alone = (
+        (slo.max_ttft_ms, rating.ttft_ms - rating.wait_ms),
+        (slo.max_total_ms, rating.total_ms - rating.wait_ms),
+    )
+    return min((limit - value for limit, value in alone if limit is not None and value <= limit), default=None)
 
 
 def distance(limit: float, value: float) -> float:

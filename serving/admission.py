@@ -32,6 +32,7 @@ SYNC_S = 1.0
 LOOK_S = 0.25  # between two readings of the queues, for forecasts
 SETTLE_S = 10.0  # after a change of a queue until nothing of ours can be left in it by mistake
 LONGEST_RETRY_S = 60.0
+LEAST_SLACK_S = 0.05  # no prediction is so exact that a request without any slack should not take a free place
 MAX_HELD = 8192  # tickets of one gateway at once
 
 _SAID = {
@@ -163,6 +164,7 @@ class Admission:
         if not self._config.enabled:
             return Slot(None, None)
         slack_s = self._config.max_wait_s if slack_s is None else min(slack_s, self._config.max_wait_s)
+        slack_s = max(slack_s, LEAST_SLACK_S)
         now = time.monotonic()
         if len(self._held) >= MAX_HELD:
             raise _shed("queue_full", expert, 1.0)

@@ -90,9 +90,9 @@ def _decide_here(path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
     from signalbox.experts.base import ExpertError
     from signalbox.policies.base import NoCandidate
+    from signalbox.serving.completions import describe_plan
     from signalbox.serving.config import ConfigError, load_config
     from signalbox.serving.dispatch import Dispatcher
-    from signalbox.serving.gateway import describe_plan
     from signalbox.serving.live_state import ExpertState, LiveState
     from signalbox.serving.pool import Pool
     from signalbox.serving.protocols.openai import parse_completion

@@ -45,6 +45,7 @@ __all__ = [
     "adapter_limits",
     "load_config",
     "missing_environment",
+    "policies_in_use",
 ]
 
 log = logging.getLogger(__name__)
@@ -244,6 +245,13 @@ def missing_environment(config: Config) -> list[str]:
     names = [config.server.api_key_env, *(key.env for key in config.keys.values())]
     names += [*(getattr(e, "api_key_env", None) for e in config.experts.values())]
     return sorted({name for name in names if name and not os.environ.get(name)})
+
+
+def policies_in_use(config: Config) -> dict[str, str]:
+    """Policies that the configuration counts on -> who uses them; they cannot be deleted."""
+    used = {tenant.policy: f"tenant {name}" for name, tenant in config.tenants.items() if tenant.policy}
+    used |= {key.policy: f"key {name}" for name, key in config.keys.items() if key.policy}
+    return used | ({config.default_policy: "default_policy"} if config.default_policy else {})
 
 
 def is_local(model: str) -> bool:

@@ -1,8 +1,11 @@
-"""From a checked request to a running answer: who may answer, who shall, what is cached, and what if they fail.
+"""From a checked request to a running answer: who answers, what is cached, at what cost, and what if they fail.
 
 The exact cache is read in two steps, so that a repeated `auto` request spends no time on the predictor and an
 answer is kept once however it was asked for. `decision:<key>`, by policy and request, says which expert was chosen;
 `cache:<key>`, by expert and request, holds its answer. A request that names the expert needs the second alone.
+
+What is not in the cache is planned (`planning.py`); then each attempt reserves what it may cost (`ledger.py`), waits
+for its place (`admission.py`), and asks the expert.
 """
 
 from __future__ import annotations
@@ -10,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
@@ -23,19 +25,23 @@ from signalbox.experts.base import (
     Chunk,
     ExpertError,
     ExpertUnavailable,
-    InvalidRequest,
+    GenerateRequest,
     ReplicaNotReady,
-    Unsupported,
+    SamplingParams,
+    Usage,
 )
-from signalbox.experts.catalog import matches
-from signalbox.policies.base import Decision, NoCandidate, Policy, RequestShape
-from signalbox.policies.decide import decide
-from signalbox.policies.explore import explore
-from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
+from signalbox.policies.charges import Charge
+from signalbox.serving.admission import Admission, Shed
 from signalbox.serving.cache import CachedAnswer, ResponseCache
+from signalbox.serving.callers import Caller, Callers
+from signalbox.serving.charging import Seat
 from signalbox.serving.config import Config
 from signalbox.serving.expert_deployment import ExpertClient
+from signalbox.serving.ledger import Ledger
 from signalbox.serving.options import Options, parse_options, take_flags
+from signalbox.serving.parallel import sample_calls, sampled
+from signalbox.serving.planning import AUTO, Plan, Planner, Ruling, Terms, Timing, bounded, last_text
+from signalbox.serving.policy_table import PolicyTable
 from signalbox.serving.pool import Pool, Target, hash_of
 from signalbox.serving.protocols.openai import Call
 from signalbox.serving.protocols.openai_replies import AnswerBuilder
@@ -43,37 +49,17 @@ from signalbox.serving.routing import Basis, Routing
 from signalbox.serving.store import Store, StoreUnavailable
 from signalbox.serving.streams import Batch, close, merged, resume, single
 
+__all__ = ["AUTO", "Dispatcher", "Plan", "Run", "Terms"]
+
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 REPLICA_WAIT_S = 5.0  # to find a replica that is ready and holds the adapter, when one has just died or lost it
 REPLICA_PAUSE_S = 0.05
-ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
-
-# A policy broken by these alone may be kept a moment later.
-_TRANSIENT = frozenset({"available", "max_ttft_ms", "max_tpot_ms", "max_total_ms"})
+RESERVE_WAIT_S = 10.0  # for the reservations of others to come out cheaper, near the end of a budget
+UNBOUNDED_ANSWER = 8192  # tokens reserved for an answer that nothing bounds
+JUDGE_TOKENS = 16
 
 CacheVerdict = Literal["hit", "miss", "bypass"]
-
-
-@dataclass(slots=True)
-class Plan:
-    """Who is to answer, and why. `order` has the chosen expert first, then whom to try when it fails.
-
-    `decision`, `flags` and what follows are of `auto` requests only. `call` is the request as the experts are to see
-    it. `explored` says that the policy's exploration chose, `propensity` with which probability it was to choose so.
-    """
-
-    call: Call
-    order: list[str]
-    router: str
-    policy: str
-    confidence: float | None = None
-    decision: Decision | None = None
-    flags: list[str] = field(default_factory=list)
-    basis: Basis | None = None
-    explored: bool = False
-    propensity: float = 1.0
 
 
 @dataclass(slots=True)
@@ -94,19 +80,32 @@ class Run:
     keep: _Keep | None = None
     asked: Target | None = None
     source: AsyncIterator[Batch] | None = None
+    seat: Seat | None = None
+    waited_s: float = 0.0
 
     async def __aiter__(self) -> AsyncIterator[Batch]:
         keep = self.keep
         async for index, chunks in self.batches:
             self.builder.add(index, chunks)
+            if self.seat is not None and self.plan.call.stream:
+                self.seat.note(chunks)
             if keep is not None:
                 keep.choices[index].extend(chunks)
             yield index, chunks
 
+    async def leave(self) -> None:
+        """Give the place at the expert back, and settle what the answer cost; the first call counts."""
+        seat, self.seat = self.seat, None
+        if seat is not None:
+            await seat.leave(self.builder.usage() if self.builder.complete else None)
+
     async def aclose(self) -> None:
-        """Stop the expert if it still generates."""
-        await close(self.batches)
-        await close(self.source)  # a generator that nobody has begun to read closes nothing below it
+        """Stop the expert if it still generates, and give all back."""
+        try:
+            await close(self.batches)
+            await close(self.source)  # a generator that nobody has begun to read closes nothing below it
+        finally:
+            await self.leave()
 
 
 @dataclass(slots=True)
@@ -127,7 +126,10 @@ class _Keep:
 
 
 class Dispatcher:
-    """Resolves, decides, runs. One a gateway process."""
+    """Plans, reserves, waits, runs. One a gateway process.
+
+    What is not given is made: a table of the configured policies, and doors and books that nobody else shares.
+    """
 
     def __init__(
         self,
@@ -137,6 +139,10 @@ class Dispatcher:
         pool: Pool,
         routing: Routing,
         store: Store,
+        policies: PolicyTable | None = None,
+        callers: Callers | None = None,
+        admission: Admission | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._config = config
         self._experts = experts
@@ -145,122 +151,44 @@ class Dispatcher:
         self._store = store
         self._cache = ResponseCache(store, config.cache)
         self._pool_version = _version_of_pool(config)
+        self._admission = admission or Admission(store, config.admission, config.experts, pool.capacity)
+        self._ledger = ledger or Ledger(store)
+        self.planner = Planner(
+            config,
+            pool=pool,
+            routing=routing,
+            policies=policies or PolicyTable(store, config.policies, protected={}),
+            callers=callers or Callers(config),
+            admission=self._admission,
+        )
 
-    # -- who may be asked for ----------------------------------------------------------------------------------
-
-    def model_names(self) -> list[str]:
-        """Everything that `model` may be."""
-        return [AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies), *self._pool.names()]
-
-    async def resolve(self, model: str) -> tuple[str, Policy] | Target:
-        """Name and content of the policy that an `auto` model asks for, or the expert that `model` names.
-
-        Raises `InvalidRequest` with status 404 where there is no such model.
-        """
-        head, colon, name = model.partition(":")
-        if head == AUTO and not colon:
-            default = self._config.default_policy
-            return (default, self._config.policies[default]) if default else ("default", Policy())
-        if head == AUTO and name in self._config.policies:
-            return name, self._config.policies[name]
-        target = await self._pool.find(model)
-        if target is None:
-            raise self._pool.unknown(model, (AUTO, *(f"{AUTO}:{policy}" for policy in self._config.policies)))
-        return target
-
-    # -- the decision ------------------------------------------------------------------------------------------
-
-    async def plan(self, call: Call, *, slo_ttft_ms: float | None = None) -> Plan:
+    async def plan(self, call: Call, terms: Terms | None = None) -> Plan:
         """Decide who answers, without asking anyone. Raises `InvalidRequest`, or `ExpertUnavailable` (503)."""
-        return await self._plan(call, parse_options(call.options), slo_ttft_ms, asking=False)
-
-    async def _plan(self, call: Call, options: Options, slo_ttft_ms: float | None, *, asking: bool = True) -> Plan:
-        for name in options.fallbacks or ():
-            if await self._pool.find(name) is None:
-                raise InvalidRequest(
-                    f"'signalbox.fallbacks' names '{name[:64]}', which is no expert; "
-                    f"there are: {', '.join(self._pool.names())}",
-                    param="signalbox.fallbacks",
-                )
-        asked = await self.resolve(call.model)
-        if isinstance(asked, Target):
-            order = list(dict.fromkeys([asked.name, *(options.fallbacks or ())]))
-            return Plan(call, order, router="none", policy="none")
-        name, policy = asked
-        policy = self._tighten(policy, options, slo_ttft_ms, call)
-        call, prompts, flags = take_flags(call)
-        scores = await self._routing.predict(prompts)
-        objective = policy.objective
-        if options.cost_quality_tradeoff is not None:
-            objective = objective_of_tradeoff(options.cost_quality_tradeoff)
-        if flags:
-            objective = objective_of_flags(flags, objective)
-        answer_tokens = call.sampling.max_tokens or ANSWER_TOKENS
-        try:
-            decision = decide(
-                scores.quality,
-                self._pool.candidates(),
-                RequestShape(call.prompt_bytes(), answer_tokens, call.sampling.max_tokens),
-                policy,
-                spread=scores.spread,
-                objective=objective,
-                policy_name=name,
-            )
-        except NoCandidate as error:
-            raise _no_candidate(error, name) from error
-        explored, propensity = False, 1.0
-        if asking and policy.explore.share > 0 and scores.basis is not None:
-            found = explore(decision, scores.basis.deviation, policy, random.random(), spread=scores.spread)
-            decision, explored, propensity = found.decision, found.explored, found.propensity
-        fallbacks = decision.fallbacks if options.fallbacks is None else options.fallbacks
-        order = list(dict.fromkeys([decision.expert, *fallbacks]))
-        confidence = decision.confidence
-        return Plan(call, order, scores.router, name, confidence, decision, flags, scores.basis, explored, propensity)
-
-    def _tighten(self, policy: Policy, options: Options, slo_ttft_ms: float | None, call: Call) -> Policy:
-        """The policy with the caller's ceiling and globs, and with the experts that understand the request."""
-        updates: dict[str, Any] = {}
-        if slo_ttft_ms is not None:
-            ceiling = min(slo_ttft_ms, policy.slo.max_ttft_ms or slo_ttft_ms)
-            updates["slo"] = policy.slo.model_copy(update={"max_ttft_ms": ceiling})
-        names = self._pool.routable()
-        if options.allowed is not None:
-            names = [name for name in names if matches(name, options.allowed)]
-        if call.demands:
-            able = [name for name in names if not call.unmet(self._pool.request_fields(name))]
-            if not able:
-                raise Unsupported(
-                    f"'{call.demands[0]}' needs an expert whose engine understands it, e.g. one with "
-                    "`engine: openai`, and the router may choose none",
-                    param=call.demands[0],
-                )
-            names = able
-        if options.allowed is not None or call.demands:
-            updates["allowed"] = tuple(name for name in names if matches(name, policy.allowed))
-        return policy.model_copy(update=updates) if updates else policy
+        return await self.planner.plan(call, parse_options(call.options), terms or Terms(), asking=False)
 
     # -- the answer --------------------------------------------------------------------------------------------
 
-    async def open(self, call: Call, reply_id: str, began: float, *, slo_ttft_ms: float | None = None) -> Run:
+    async def open(self, call: Call, reply_id: str, began: float, terms: Terms | None = None) -> Run:
         """Start answering: from the cache, or by the first expert that gives a first token.
 
         A retryable error before anything has been handed on moves on to the next expert: for a stream until its
         first token, for a whole answer until its last. Raises the last `ExpertError` where none can answer.
         """
+        terms = terms or Terms()
         options = parse_options(call.options)
-        asked = await self.resolve(call.model)
-        policy = None if isinstance(asked, Target) else asked
-        cached = options.cache.mode == "exact" and call.sampling.temperature == 0
-        cached = cached and (policy is None or policy[1].cache == "exact")
+        asked = await self.planner.resolve(call.model, terms.caller)
+        ruling = self.planner.rule(asked, call, options, terms)
+        call = bounded(call, ruling.policy)
+        cached = options.cache.mode == "exact" and call.sampling.temperature == 0 and ruling.policy.cache == "exact"
         keep: _Keep | None = None
         plan: Plan | None = None
         if cached:
             keep = _Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
-            if policy is not None:
-                keep.decision_key = self._decision_key(call, options, slo_ttft_ms, *policy)
-                plan = await self._remembered(keep.decision_key, call, policy[0])
+            if isinstance(asked, Ruling):
+                keep.decision_key = self._decision_key(call, options, terms.slo_ttft_ms, ruling)
+                plan = await self._remembered(keep.decision_key, call, ruling)
         fresh = plan is None
-        plan = plan or await self._plan(call, options, slo_ttft_ms)
+        plan = plan or await self.planner.plan(call, options, terms)
         if keep is not None:
             first = await self._pool.find(plan.order[0])
             answer = None
@@ -271,29 +199,41 @@ class Dispatcher:
                     await self._remember(keep, plan, plan.order[0])
                 return self._replay(answer, plan, began)
             if not fresh:  # the answer is gone: who should give it is decided anew
-                plan = await self._plan(call, options, slo_ttft_ms)
-        return await self._execute(plan, reply_id, began, keep)
+                plan = await self.planner.plan(call, options, terms)
+        return await self._execute(plan, reply_id, began, keep, terms.caller)
 
-    async def _execute(self, plan: Plan, reply_id: str, began: float, keep: _Keep | None) -> Run:
+    async def _execute(self, plan: Plan, reply_id: str, began: float, keep: _Keep | None, caller: Caller) -> Run:
         call = plan.call
         hop = time.perf_counter()
         failure: ExpertError | None = None
         for attempt, name in enumerate(plan.order, 1):
             asked = _Asked()
-            batches = self._ask(name, call, f"{reply_id}.{attempt}" if attempt > 1 else reply_id, asked)
+            id = f"{reply_id}.{attempt}" if attempt > 1 else reply_id
+            seat: Seat | None = None
+            batches: AsyncIterator[Batch] | None = None
             try:
+                seat = await self._seat(name, plan, id, caller)
+                hop += seat.slot.waited_s  # waiting for a place is not the gateway's own time
+                batches = self._ask(name, plan, id, asked)
                 # A stream is committed to its expert by its first batch; a whole answer only by its last.
                 held = [await anext(batches)] if call.stream else [batch async for batch in batches]
             except ExpertError as error:
-                await close(batches)
+                await self._give_up(batches, seat)
                 failure = error
                 if not error.retryable:
                     break
                 if attempt < len(plan.order):
-                    log.warning("%s: expert %s failed (%s), trying %s", reply_id, name, error, plan.order[attempt])
+                    log.log(
+                        logging.INFO if isinstance(error, Shed) else logging.WARNING,
+                        "%s: expert %s failed (%s), trying %s",
+                        reply_id,
+                        name,
+                        error,
+                        plan.order[attempt],
+                    )
                 continue
             except BaseException:
-                await close(batches)
+                await self._give_up(batches, seat)
                 raise
             if keep is not None:
                 keep.choices = [[] for _ in range(call.choices)]
@@ -309,10 +249,67 @@ class Dispatcher:
                 keep=keep,
                 asked=asked.target,
                 source=batches,
+                seat=seat,
+                waited_s=seat.slot.waited_s,
             )
         raise failure or ExpertUnavailable("no expert could be asked")
 
-    async def _ask(self, name: str, call: Call, reply_id: str, asked: _Asked) -> AsyncIterator[Batch]:
+    async def _give_up(self, batches: AsyncIterator[Batch] | None, seat: Seat | None) -> None:
+        try:
+            await close(batches)
+        finally:
+            if seat is not None:
+                await seat.leave(None)
+
+    async def _seat(self, name: str, plan: Plan, id: str, caller: Caller) -> Seat:
+        """Reserve what this attempt may cost, then wait for a place. Raises what either refuses with."""
+        target = self._pool.known(name)
+        if target is None:
+            raise self._pool.unknown(name)
+        state = self._pool.state(target)
+        if not state.ready:
+            raise ExpertUnavailable(f"expert '{name}' is not ready: {state.reason}")
+        accounts = plan.ruling.accounts
+        prompt_tokens, most = 0, Charge()
+        if any(account.limited for account in accounts):
+            prompt_tokens, most = await self._most(target, plan, id)
+        reservation = await self._ledger.reserve(accounts, most, id, wait_s=RESERVE_WAIT_S)
+        timing = plan.timings.get(name, Timing(None, 1.0))
+        try:
+            slot = await self._admission.enter(
+                target.expert,
+                tenant=caller.tenant or caller.key or "",
+                weight=caller.weight,
+                priority=plan.priority,
+                slack_s=timing.slack_s,
+                service_s=timing.service_s,
+                places=plan.call.choices * plan.samples,
+            )
+        except BaseException:
+            await reservation.cancel()
+            raise
+        return Seat(slot, reservation, target.config.price, prompt_tokens)
+
+    async def _most(self, target: Target, plan: Plan, id: str) -> tuple[int, Charge]:
+        """Prompt tokens, and the most that this attempt can cost: each answer as long as it may become."""
+        call = plan.call
+        requests = call.requests(id, understood=target.config.request_fields)[:: call.n]
+        counts = [await self._count(target, request, call) for request in requests]
+        context = self._pool.state(target).context_length or target.config.context_length
+        longest = call.sampling.max_tokens or (context - min(counts) if context else UNBOUNDED_ANSWER)
+        prompt_tokens = sum(counts) * plan.samples
+        answer_tokens = max(1, longest) * call.choices * plan.samples
+        usd = target.config.price.usd(prompt_tokens, answer_tokens)
+        return prompt_tokens, Charge(usd=usd, tokens=prompt_tokens + answer_tokens, requests=1)
+
+    async def _count(self, target: Target, request: GenerateRequest, call: Call) -> int:
+        """The prompt's tokens by the expert's own tokenizer, or a generous estimate where it has none to ask."""
+        counted = await self._experts[target.expert].count_tokens(request)
+        if counted is not None:
+            return counted
+        return int(1.2 * call.prompt_bytes() / target.config.bytes_per_token) + 16
+
+    async def _ask(self, name: str, plan: Plan, reply_id: str, asked: _Asked) -> AsyncIterator[Batch]:
         """All choices from one expert; `asked` learns which it was. Raises `ExpertUnavailable` where it is not ready.
 
         An adapter stays loaded while it answers. Where a replica has lost it, or is only just starting beside others
@@ -324,7 +321,7 @@ class Dispatcher:
             try:
                 async with self._pool.lease(name) as target:
                     asked.target = target
-                    async with contextlib.aclosing(self._ask_target(target, call, reply_id)) as batches:  # type: ignore[type-var]
+                    async with contextlib.aclosing(self._ask_target(target, plan, reply_id)) as batches:  # type: ignore[type-var]
                         async for batch in batches:
                             begun = True
                             yield batch
@@ -335,21 +332,49 @@ class Dispatcher:
                     raise
             await asyncio.sleep(REPLICA_PAUSE_S)
 
-    def _ask_target(self, target: Target, call: Call, reply_id: str) -> AsyncIterator[Batch]:
+    def _ask_target(self, target: Target, plan: Plan, reply_id: str) -> AsyncIterator[Batch]:
         state = self._pool.state(target)
         if not state.ready:
             raise ExpertUnavailable(f"expert '{target.name}' is not ready: {state.reason}")
         client = self._experts[target.expert]
+        call = sample_calls(plan.call, plan.samples) if plan.samples > 1 else plan.call
         requests = call.requests(reply_id, understood=target.config.request_fields)
         for request in requests:
             request.adapter = target.adapter.version if target.adapter is not None else None
         streams = [client.generate(request) for request in requests]
+        if plan.samples > 1:
+            judge = plan.parallel.judge
+            chosen = sampled(
+                streams,
+                plan.parallel,
+                question=last_text(call),
+                request_id=reply_id,
+                ask_judge=None if judge is None else lambda messages: self._judge(judge, messages, reply_id),
+            )
+            return single(chosen)
         return single(streams[0]) if len(streams) == 1 else merged(streams)
+
+    async def _judge(self, name: str, messages: list[dict[str, Any]], reply_id: str) -> tuple[str, Usage | None]:
+        """What the judging expert replies, and what that took. Raises `ExpertError`."""
+        async with self._pool.lease(name) as target:
+            request = GenerateRequest(
+                f"{reply_id}-judge",
+                messages=messages,
+                sampling=SamplingParams(max_tokens=JUDGE_TOKENS, temperature=0.0),
+                adapter=target.adapter.version if target.adapter is not None else None,
+            )
+            text, usage = "", None
+            async with contextlib.aclosing(self._experts[target.expert].generate(request)) as stream:  # type: ignore[type-var]
+                async for chunks in stream:
+                    text += "".join(chunk.text for chunk in chunks)
+                    usage = next((chunk.usage for chunk in chunks if chunk.usage is not None), usage)
+        return text, usage
 
     # -- the cache ---------------------------------------------------------------------------------------------
 
     async def settle(self, run: Run) -> None:
-        """Keep the finished answer of a run that came to its proper end. Call once."""
+        """Charge the finished answer of a run that came to its proper end, and keep it. Call once."""
+        await run.leave()
         if run.keep is None or run.asked is None or not run.builder.complete:
             return
         answer = CachedAnswer(run.expert, tuple(tuple(chunks) for chunks in run.keep.choices))
@@ -367,18 +392,18 @@ class Dispatcher:
         version = self._pool.version(target)
         return self._cache.key(call.kind, target.name, call.identity(), version=version, namespace=namespace)
 
-    def _decision_key(self, call: Call, options: Options, slo_ttft_ms: float | None, name: str, policy: Policy) -> str:
-        knobs = [options.cost_quality_tradeoff, options.allowed, slo_ttft_ms]
+    def _decision_key(self, call: Call, options: Options, slo_ttft_ms: float | None, ruling: Ruling) -> str:
+        knobs = [options.cost_quality_tradeoff, options.allowed, slo_ttft_ms, ruling.etag, ruling.intent]
         body = call.identity() | {"knobs": knobs}
         return self._cache.key(
             call.kind,
-            f"{AUTO}:{name}",
+            f"{AUTO}:{ruling.name}",
             body,
             version=f"{self._pool_version}/{self._pool.generation}/{self._routing.generation}",
             namespace=options.cache.namespace,
         )
 
-    async def _remembered(self, key: str, call: Call, policy: str) -> Plan | None:
+    async def _remembered(self, key: str, call: Call, ruling: Ruling) -> Plan | None:
         """The decision made earlier for this very request."""
         try:
             data = await self._store.get(f"decision:{key}")
@@ -391,7 +416,7 @@ class Dispatcher:
         if self._pool.known(expert) is None:
             return None
         call, _, flags = take_flags(call)
-        return Plan(call, [expert], router, policy, confidence, flags=flags, basis=basis)
+        return Plan(call, [expert], router, ruling, confidence, flags=flags, basis=basis)
 
     async def _remember(self, keep: _Keep, plan: Plan, expert: str) -> None:
         """Only the best choice by real predictions over the whole pool, which gave the answer, is worth repeating."""
@@ -399,8 +424,10 @@ class Dispatcher:
             return
         if plan.explored:
             return
-        missing = any(s.constraint == "available" for rating in plan.decision.ratings for s in rating.strikes)
-        if missing or expert != plan.order[0]:
+        passing = {"available", "max_ttft_ms", "max_tpot_ms", "max_total_ms"}
+        if any(s.constraint in passing for rating in plan.decision.ratings for s in rating.strikes):
+            return  # another moment's choice may be better
+        if expert != plan.order[0]:
             return
         ttl_s = min(keep.ttl_s or self._config.cache.ttl_s, self._config.cache.max_ttl_s)
         data = orjson.dumps([expert, plan.router, plan.confidence, plan.basis])
@@ -409,17 +436,5 @@ class Dispatcher:
 
 
 def _version_of_pool(config: Config) -> str:
-    """A hash of what in the configuration bears on decisions: experts, policies, router."""
-    return hash_of(config.model_dump(mode="json", include={"experts", "policies", "default_policy", "default_router"}))
-
-
-def _no_candidate(error: NoCandidate, policy: str) -> ExpertError:
-    """Nobody may answer: the request's fault (400) where it stays so, ours (503) where it may pass."""
-    ratings = error.ratings
-    reasons = "; ".join(f"{r.expert}: {', '.join(map(str, r.strikes))}" for r in ratings) or "the pool is empty"
-    message = f"no expert can answer under policy '{policy}' ({reasons})"
-    if ratings and all(any(s.constraint == "context_length" for s in r.strikes) for r in ratings):
-        return InvalidRequest(message, param="messages", code="context_length_exceeded")
-    if any(all(s.constraint in _TRANSIENT for s in r.strikes) for r in ratings):
-        return ExpertUnavailable(message, code="no_candidate")
-    return InvalidRequest(message, param="model", code="no_candidate")
+    """A hash of what in the configuration bears on decisions, besides policies: experts and the router."""
+    return hash_of(config.model_dump(mode="json", include={"experts", "default_router"}))

@@ -13,6 +13,7 @@ import orjson
 
 from signalbox.experts.base import ExpertError, InvalidRequest
 from signalbox.policies.base import NoCandidate
+from signalbox.serving.callers import UNBOUND
 from signalbox.serving.protocols.openai_replies import error_event, error_object
 
 Message = dict[str, Any]
@@ -39,6 +40,7 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        self.caller = UNBOUND  # who asks, once the key has been looked at
         self.started = False  # whether the status line has been sent
         self._receive, self._send = receive, send
 

@@ -7,13 +7,7 @@ costs. Every reply carries `x-request-id`, every answer the decision headers, ev
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-import hmac
 import logging
-import os
-import time
-import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +15,27 @@ from signalbox.experts.base import ExpertError, InvalidRequest
 from signalbox.serving.adapter_api import AdapterApi, takes_adapters
 from signalbox.serving.adapter_registry import deploy_registry
 from signalbox.serving.adapter_table import AdapterTable
-from signalbox.serving.config import Config
-from signalbox.serving.dispatch import AUTO, Dispatcher, Plan, Run
-from signalbox.serving.exchange import ClientGone, Exchange, Handler, Headers, Receive, Send
+from signalbox.serving.admission import Admission
+from signalbox.serving.callers import Callers, require_admin
+from signalbox.serving.completions import CompletionApi
+from signalbox.serving.config import Config, policies_in_use
+from signalbox.serving.dispatch import Dispatcher
+from signalbox.serving.exchange import ClientGone, Exchange, Handler, Receive, Send
 from signalbox.serving.expert_deployment import ExpertClient, deploy
 from signalbox.serving.learner import Learner
+from signalbox.serving.ledger import Ledger
 from signalbox.serving.live_router import ArtifactWatch
 from signalbox.serving.live_state import LiveState
 from signalbox.serving.outcomes import MAX_BODY_BYTES, Outcomes, parse_feedback
 from signalbox.serving.placement import gpu_shares, gpus_here
+from signalbox.serving.policy_api import PolicyApi
+from signalbox.serving.policy_table import PolicyTable
 from signalbox.serving.pool import Pool
-from signalbox.serving.protocols import openai_replies as replies
-from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
+from signalbox.serving.protocols.openai import parse_json
 from signalbox.serving.routing import routing_of
 from signalbox.serving.service_info import ServiceInfo
 from signalbox.serving.store import Store
+from signalbox.serving.usage_api import UsageApi
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ADAPTERS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # to be changed by an admin's key
 MAX_ONGOING = 4096  # requests in one gateway process; the next ones wait in Serve
 
 
@@ -61,7 +62,7 @@ class GatewayApp:
         registry: DeploymentHandle[Any] | None = None,
     ) -> None:
         self._config = config
-        self._key_digest = _key_digest(config)
+        self._callers = Callers(config)
         self._store = Store(store_url)
         self._live = LiveState(self._store, config.experts)
         self._routing = routing_of(config)
@@ -72,13 +73,31 @@ class GatewayApp:
         clients = {name: ExpertClient(name, handle, self._live.doubt) for name, handle in experts.items()}
         self._adapters = AdapterTable(self._store, registry, experts) if registry is not None else None
         pool = Pool(config, live=self._live, adapters=self._adapters)
-        self._dispatcher = Dispatcher(config, experts=clients, pool=pool, routing=self._routing, store=self._store)
+        self._policies = PolicyTable(self._store, config.policies, protected=policies_in_use(config))
+        self._ledger = Ledger(self._store)
+        self._admission = Admission(
+            self._store, config.admission, config.experts, pool.capacity, gateways=config.server.gateways
+        )
+        self._dispatcher = Dispatcher(
+            config,
+            experts=clients,
+            pool=pool,
+            routing=self._routing,
+            store=self._store,
+            policies=self._policies,
+            callers=self._callers,
+            admission=self._admission,
+            ledger=self._ledger,
+        )
         self._adapter_api = AdapterApi(config, self._adapters)
-        info = ServiceInfo(config, self._dispatcher, pool, self._live, self._routing, self._store)
+        completions = CompletionApi(self._dispatcher, self._outcomes, config.server.max_body_bytes)
+        policies = PolicyApi(self._policies, pool.names, lambda exchange: require_admin(exchange.caller))
+        info = ServiceInfo(config, self._dispatcher.planner, pool, self._live, self._routing, self._store)
+        usage = UsageApi(self._callers, self._policies, self._ledger)
         self._routes: dict[str, dict[str, Handler]] = {
-            "/v1/chat/completions": {"POST": self._chat},
-            "/v1/completions": {"POST": self._completion},
-            "/v1/route": {"POST": self._route},
+            **completions.routes,
+            **policies.routes,
+            "/v1/usage": {"GET": usage.usage},
             "/v1/models": {"GET": info.models},
             "/v1/outcomes": {"POST": self._outcome},
             "/v1/routers": {"GET": self._routers},
@@ -92,6 +111,7 @@ class GatewayApp:
             "/v1/models/": {"GET": info.model},
             "/v1/decisions/": {"GET": self._decision},
             "/v1/adapters/": self._adapter_api.named,
+            "/v1/policies/": policies.named,
         }
 
     # -- ASGI --------------------------------------------------------------------------------------------------
@@ -126,6 +146,9 @@ class GatewayApp:
         if self._config.outcomes.learn:
             self._learner.start()
         await self._live.start()
+        await self._policies.start()
+        await self._ledger.start()
+        await self._admission.start()
         if self._adapters is not None:
             await self._adapters.start()
 
@@ -137,6 +160,9 @@ class GatewayApp:
         await self._routing.close()
         if self._adapters is not None:
             await self._adapters.close()
+        await self._admission.close()
+        await self._ledger.close()
+        await self._policies.close()
         await self._live.close()
         await self._store.close()
 
@@ -173,119 +199,10 @@ class GatewayApp:
                 status=405,
             )
         if exchange.path.startswith("/v1/"):
-            self._authenticate(exchange)
+            exchange.caller = self._callers.identify(exchange.headers)
+            if exchange.path.startswith(_ADAPTERS) and exchange.method not in ("GET", "HEAD"):
+                require_admin(exchange.caller)
         return handler
-
-    def _authenticate(self, exchange: Exchange) -> None:
-        if self._key_digest is None:
-            return
-        given = exchange.headers.get(b"x-api-key", b"")
-        scheme, _, token = exchange.headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
-            given = token.strip()
-        if not hmac.compare_digest(hashlib.sha256(given).digest(), self._key_digest):
-            said = "the API key is wrong" if given else "an API key is needed, as bearer token or x-api-key"
-            raise InvalidRequest(said, code="invalid_api_key", status=401)
-
-    # -- answers -----------------------------------------------------------------------------------------------
-
-    async def _chat(self, exchange: Exchange) -> None:
-        body = parse_json(await exchange.body(self._config.server.max_body_bytes))
-        await self._answer(exchange, parse_chat(body), f"chatcmpl-{uuid.uuid4().hex}")
-
-    async def _completion(self, exchange: Exchange) -> None:
-        body = parse_json(await exchange.body(self._config.server.max_body_bytes))
-        await self._answer(exchange, parse_completion(body), f"cmpl-{uuid.uuid4().hex}")
-
-    async def _answer(self, exchange: Exchange, call: Call, reply_id: str) -> None:
-        """Answer, unless the client goes away first: then everything that runs for it is cancelled."""
-        gone = False
-
-        async def watch(answering: asyncio.Task[Any]) -> None:
-            nonlocal gone
-            await exchange.disconnected()
-            gone = True
-            answering.cancel()
-
-        task = asyncio.current_task()
-        assert task is not None
-        watcher = asyncio.create_task(watch(task))
-        outcome, run, recording = "ok", None, None
-        try:
-            run = await self._dispatcher.open(
-                call, reply_id, exchange.began, slo_ttft_ms=_slo_ttft_ms(exchange.headers)
-            )
-            # On record before the last byte goes out, for then its outcome may be posted; meanwhile the expert writes.
-            recording = asyncio.create_task(self._outcomes.record(exchange.id, call.model, run))
-            await (self._stream if call.stream else self._whole)(exchange, call, run, reply_id, recording)
-        except ExpertError as error:
-            outcome = error.code
-            if error.param == "messages" and call.kind == "completion":
-                error.param = "prompt"  # engines see one kind of request
-            raise
-        except asyncio.CancelledError:
-            outcome = "client_gone" if gone else "cancelled"
-            if not gone or task.uncancel() > 0:
-                raise
-        except BaseException:
-            outcome = "failed"
-            raise
-        finally:
-            watcher.cancel()
-            if recording is not None:
-                recording.cancel()
-            if run is not None:
-                await run.aclose()
-            _log_outcome(exchange, call, run, outcome)
-
-    async def _whole(
-        self, exchange: Exchange, call: Call, run: Run, reply_id: str, recording: asyncio.Task[None]
-    ) -> None:
-        async for _ in run:
-            pass
-        await self._dispatcher.settle(run)
-        await recording
-        body = replies.reply(
-            call.kind,
-            run.builder.answer(),
-            reply_id=reply_id,
-            created=int(time.time()),
-            model=run.expert,
-            logprobs=call.sampling.logprobs is not None,
-        )
-        await exchange.reply(200, body, _decision_headers(run))
-
-    async def _stream(
-        self, exchange: Exchange, call: Call, run: Run, reply_id: str, recording: asyncio.Task[None]
-    ) -> None:
-        events = replies.EventWriter(
-            call.kind,
-            reply_id=reply_id,
-            created=int(time.time()),
-            model=run.expert,
-            logprobs=call.sampling.logprobs is not None,
-            include_usage=call.include_usage,
-        )
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await exchange.start(200, headers + _decision_headers(run))
-        async for index, chunks in run:
-            data = events.events(index, chunks)
-            if data:
-                await exchange.send(data, more=True)
-        await self._dispatcher.settle(run)
-        await recording
-        await exchange.send(events.usage(run.builder.usage()) + replies.DONE, more=False)
-
-    async def _route(self, exchange: Exchange) -> None:
-        body = parse_json(await exchange.body(self._config.server.max_body_bytes))
-        parse = parse_chat if "messages" in body or "prompt" not in body else parse_completion
-        plan = await self._dispatcher.plan(parse(body, model=AUTO), slo_ttft_ms=_slo_ttft_ms(exchange.headers))
-        overhead = round((time.perf_counter() - exchange.began) * 1000, 3)
-        await exchange.reply(200, describe_plan(plan) | {"overhead_ms": overhead})
 
     # -- outcomes and routers -----------------------------------------------------------------------------------
 
@@ -306,78 +223,6 @@ class GatewayApp:
             kind = known["kind"] or router.kind
             data.append(known | {"name": name, "kind": kind, "default": name == self._config.default_router})
         await exchange.reply(200, {"object": "list", "data": data})
-
-
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as `/v1/route` tells it. Money in USD, times in milliseconds."""
-    decision = plan.decision
-    return {
-        "expert": plan.order[0],
-        "policy": plan.policy,
-        "router": plan.router,
-        "confidence": plan.confidence,
-        "fallbacks": plan.order[1:],
-        "objective": decision.objective.model_dump() if decision else None,
-        "flags": plan.flags,
-        "violated": decision.violated if decision else [],
-        "ratings": decision.ratings if decision else [],
-    }
-
-
-def _decision_headers(run: Run) -> Headers:
-    plan = run.plan
-    headers = [
-        (b"x-signalbox-expert", run.expert.encode()),
-        (b"x-signalbox-router", plan.router.encode()),
-        (b"x-signalbox-policy", plan.policy.encode()),
-        (b"x-signalbox-cache", run.cache.encode()),
-        (b"x-signalbox-attempts", b"%d" % run.attempts),
-        (b"x-signalbox-overhead-ms", b"%.2f" % ((run.hop - run.began) * 1000)),
-    ]
-    if plan.confidence is not None:
-        headers.append((b"x-signalbox-confidence", b"%.3f" % plan.confidence))
-    return headers
-
-
-def _slo_ttft_ms(headers: Mapping[bytes, bytes]) -> float | None:
-    """The caller's ceiling for the time to first token. Raises `InvalidRequest`."""
-    given = headers.get(b"x-slo-ttft-ms")
-    if given is None:
-        return None
-    with contextlib.suppress(ValueError):
-        ceiling = float(given)
-        if 0 < ceiling < 1e9:
-            return ceiling
-    raise InvalidRequest("the header x-slo-ttft-ms must be a number of milliseconds above 0", param="x-slo-ttft-ms")
-
-
-def _key_digest(config: Config) -> bytes | None:
-    name = config.server.api_key_env
-    if name is None:
-        return None
-    key = os.environ.get(name, "")
-    if not key:
-        raise ValueError(f"server.api_key_env names {name}, which is not set: set it, or leave api_key_env out")
-    return hashlib.sha256(key.encode()).digest()
-
-
-def _log_outcome(exchange: Exchange, call: Call, run: Run | None, outcome: str) -> None:
-    """The one line of a request: who answered, how much, how long. No word of prompt or answer."""
-    if not log.isEnabledFor(logging.INFO):
-        return
-    tokens = run.builder.usage() if run else None
-    log.info(
-        "request %s model=%s expert=%s cache=%s attempts=%d prompt_tokens=%d completion_tokens=%d ms=%.1f outcome=%s",
-        exchange.id,
-        call.model,
-        run.expert if run else "-",
-        run.cache if run else "-",
-        run.attempts if run else 0,
-        tokens.prompt_tokens if tokens else 0,
-        tokens.completion_tokens if tokens else 0,
-        (time.perf_counter() - exchange.began) * 1000,
-        outcome,
-    )
 
 
 class Gateway:
@@ -422,7 +267,7 @@ def build_app(config: Config, store_url: str) -> Application:
     """
     from ray import serve
 
-    _key_digest(config)
+    Callers(config)  # says now which key is missing
     gpus = gpu_shares(config.experts, gpus_here())
     experts = {name: deploy(name, expert, store_url, gpus=gpus[name]) for name, expert in config.experts.items()}
     gateway = serve.deployment(

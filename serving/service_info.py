@@ -8,9 +8,9 @@ from typing import Any
 from signalbox import __version__
 from signalbox.serving import live_state
 from signalbox.serving.config import Config
-from signalbox.serving.dispatch import Dispatcher
 from signalbox.serving.exchange import Exchange
 from signalbox.serving.live_state import LiveState
+from signalbox.serving.planning import Planner
 from signalbox.serving.pool import Pool, Target
 from signalbox.serving.routing import Routing
 from signalbox.serving.store import Store, StoreUnavailable
@@ -20,10 +20,10 @@ class ServiceInfo:
     """Handlers of the routes that only tell."""
 
     def __init__(
-        self, config: Config, dispatcher: Dispatcher, pool: Pool, live: LiveState, routing: Routing, store: Store
+        self, config: Config, planner: Planner, pool: Pool, live: LiveState, routing: Routing, store: Store
     ) -> None:
         self._config = config
-        self._dispatcher = dispatcher
+        self._planner = planner
         self._pool = pool
         self._live = live
         self._routing = routing
@@ -31,7 +31,7 @@ class ServiceInfo:
 
     async def models(self, exchange: Exchange) -> None:
         """Everything that `model` may be; an adapter stands there under both its names."""
-        data = [await self._describe(name) for name in self._dispatcher.model_names()]
+        data = [await self._describe(name) for name in self._planner.model_names()]
         short = [model | {"id": model["signalbox"]["adapter"]} for model in data if "adapter" in model["signalbox"]]
         await exchange.reply(200, {"object": "list", "data": data + short})
 
@@ -44,12 +44,11 @@ class ServiceInfo:
         """OpenAI's model object; what only we tell stands under `signalbox`. Raises where there is no such model."""
         model: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "signalbox"}
         model |= {"root": name, "parent": None}
-        found = await self._dispatcher.resolve(name)
+        found = await self._planner.resolve(name)
         if isinstance(found, Target):
             return model | self._describe_expert(found)
-        policy_name, policy = found
-        said = policy.model_dump(mode="json", exclude_defaults=True)
-        return {**model, "signalbox": {"policy": policy_name, **said}}
+        said = found.policy.model_dump(mode="json", exclude_defaults=True)
+        return {**model, "signalbox": {"policy": found.name, **said}}
 
     def _describe_expert(self, target: Target) -> dict[str, Any]:
         expert, model = target.config, dict[str, Any]()

@@ -16,7 +16,6 @@ import pytest
 
 from signalbox.experts.base import (
     Chunk,
-    EngineState,
     ExpertError,
     ExpertUnavailable,
     GenerateRequest,
@@ -27,10 +26,11 @@ from signalbox.experts.base import (
     Usage,
 )
 from signalbox.policies.base import NoCandidate
+from signalbox.policies.latency import Load
 from signalbox.router.base import Prompt
 from signalbox.serving.config import Config
-from signalbox.serving.dispatch import Dispatcher, Run
-from signalbox.serving.live_state import ExpertState, LiveState
+from signalbox.serving.dispatch import Dispatcher, Run, Terms
+from signalbox.serving.live_state import ExpertState, LiveState, ReplicaSpeed
 from signalbox.serving.pool import Pool
 from signalbox.serving.protocols.openai import parse_chat, parse_completion
 from signalbox.serving.routing import Routing, Scores
@@ -100,12 +100,17 @@ class Bench:
     async def run(self, *, slo: float | None = None, text: str = "hello", **fields: Any) -> tuple[Run, str]:
         """Answer to the end and settle, as the gateway does; returns the run and its text."""
         body = {"model": "auto", "messages": [{"role": "user", "content": text}]} | fields
-        run = await self.dispatcher.open(parse_chat(body), "id", time.perf_counter(), slo_ttft_ms=slo)
+        run = await self.dispatcher.open(parse_chat(body), "id", time.perf_counter(), Terms(slo_ttft_ms=slo))
         async for _ in run:
             pass
         await self.dispatcher.settle(run)
         await run.aclose()
         return run, "|".join(choice.text for choice in run.builder.answer().choices)
+
+
+def measured(ttft_ms: float) -> ExpertState:
+    """A replica that is ready and answers at this speed."""
+    return ExpertState(True, speeds=(ReplicaSpeed(Load(), None, ttft_ms, 5.0),))
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
@@ -166,13 +171,7 @@ async def test_allowed_globs_narrow_the_policy_s(store: Store) -> None:
 
 async def test_slo_header_tightens_the_ceiling_and_never_loosens_it(store: Store) -> None:
     bench = Bench(store)
-    slow = EngineState(ttft_ms=900.0, tpot_ms=5.0)
-    bench.live.assume(
-        {
-            "tiny": ExpertState(True, ttft_ms=slow.ttft_ms, tpot_ms=5.0),
-            "wide": ExpertState(True, ttft_ms=100.0, tpot_ms=5.0),
-        }
-    )
+    bench.live.assume({"tiny": measured(900.0), "wide": measured(100.0)})
     assert (await bench.run())[0].expert == "tiny"
     assert (await bench.run(slo=500))[0].expert == "wide"
     run, _ = await bench.run(slo=50)
@@ -182,11 +181,11 @@ async def test_slo_header_tightens_the_ceiling_and_never_loosens_it(store: Store
         {"tiny": Path("tiny"), "wide": Path("wide")}, policies={"strict": {"slo": {"max_ttft_ms": 200}}}
     )
     strict = Bench(store, config)
-    strict.live.assume({"tiny": ExpertState(True, ttft_ms=900.0), "wide": ExpertState(True, ttft_ms=100.0)})
+    strict.live.assume({"tiny": measured(900.0), "wide": measured(100.0)})
     assert (await strict.run(model="auto:strict", slo=5000))[0].expert == "wide"
     failing = {"strict": {"slo": {"max_ttft_ms": 50}, "on_no_candidates": "fail"}}
     strict = Bench(store, make_config({"tiny": Path("tiny"), "wide": Path("wide")}, policies=failing))
-    strict.live.assume({"tiny": ExpertState(True, ttft_ms=900.0), "wide": ExpertState(True, ttft_ms=100.0)})
+    strict.live.assume({"tiny": measured(900.0), "wide": measured(100.0)})
     with pytest.raises(ExpertUnavailable) as caught:  # it may be kept a moment later
         await strict.run(model="auto:strict")
     assert caught.value.code == "no_candidate" and "max_ttft_ms 900 > 50" in caught.value.message

@@ -26,6 +26,7 @@ from signalbox.serving.embedded_valkey import EmbeddedValkey
 from signalbox.serving.learner import SNAPSHOT_OUTCOMES, Learner
 from signalbox.serving.live_state import candidate
 from signalbox.serving.outcomes import START, Feedback, Outcomes
+from signalbox.serving.planning import Ruling
 from signalbox.serving.routing import Basis, Routing
 from signalbox.serving.store import PREFIX, Store
 from tests.serving.conftest import Service, make_config, serve_gateway, until_ready
@@ -330,7 +331,7 @@ def a_run(expert: str = "tiny", version: str = "v1", features: int = 4) -> Run:
     prediction = dict.fromkeys(EXPERTS, (0.5, 0.3))
     phi = np.full(features, 0.5, np.float32).tolist()
     basis = Basis(version, phi, prediction, prediction, dict.fromkeys(EXPERTS, 0.05))
-    plan = Plan(None, [expert], "default", "gold", 0.5, basis=basis)  # type: ignore[arg-type]
+    plan = Plan(None, [expert], "default", Ruling("gold", Policy()), 0.5, basis=basis)  # type: ignore[arg-type]
     return Run(plan, expert, "miss", 1, 0.0, 0.0, None, None)  # type: ignore[arg-type]
 
 
