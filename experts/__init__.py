@@ -10,7 +10,14 @@ from signalbox.experts.base import (
     Score,
     Usage,
 )
-from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, Price, TransformersExpert, VllmExpert
+from signalbox.experts.catalog import (
+    ExpertConfig,
+    OpenAIExpert,
+    Price,
+    SimulatedExpert,
+    TransformersExpert,
+    VllmExpert,
+)
 
 __all__ = [
     "Chunk",
@@ -23,6 +30,7 @@ __all__ = [
     "Price",
     "SamplingParams",
     "Score",
+    "SimulatedExpert",
     "TransformersExpert",
     "Usage",
     "VllmExpert",

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from signalbox.experts.speed_model import SpeedModel
+
 
 class Strict(BaseModel):
     """Base of all configuration models: an unknown key is an error."""
@@ -214,7 +216,46 @@ class OpenAIExpert(ExpertFacts):
         return url.rstrip("/")
 
 
-ExpertConfig = Annotated[TransformersExpert | VllmExpert | OpenAIExpert, Field(discriminator="engine")]
+class SimulatedExpert(ExpertFacts):
+    """An engine of stated speed for load tests: it computes nothing and writes made-up words.
+
+    A batch engine with chunked prefill: a step takes `step_ms`, `step_ms_per_request` more for each request but the
+    first, and the time to read the step's share of the prompts.
+    """
+
+    engine: Literal["simulated"]
+    prefill_tokens_per_s: float = Field(gt=0, description="prompt tokens read a second")
+    step_ms: float = Field(gt=0, description="milliseconds of a step for one request")
+    step_ms_per_request: float = Field(0.0, ge=0, description="milliseconds that each further request adds to a step")
+    prefill_tokens: int = Field(512, ge=1, description="most prompt tokens read in one step")
+    jitter: float = Field(0.0, ge=0, lt=1, description="relative standard deviation of a step's time")
+    seed: int = Field(0, ge=0, description="of the jitter")
+    answer_tokens: int = Field(
+        64, gt=0, le=16384, description="tokens of an answer on average, where the request sets no max_tokens"
+    )
+    max_running: int = Field(16, gt=0, le=4096, description="requests in one batch")
+    max_waiting: int = Field(256, ge=0, description="requests that may queue; one more is refused with 429")
+    replicas: int = Field(1, gt=0, le=64, description="copies of the expert")
+
+    @property
+    def model(self) -> str:
+        """What stands where others name their model."""
+        return "none: made-up words at a stated speed"
+
+    def speed_model(self) -> SpeedModel:
+        """The stated speed, as the engine and the simulation of policies use it."""
+        return SpeedModel(
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            step_ms=self.step_ms,
+            step_ms_per_request=self.step_ms_per_request,
+            prefill_tokens=self.prefill_tokens,
+            jitter=self.jitter,
+        )
+
+
+ExpertConfig = Annotated[
+    TransformersExpert | VllmExpert | OpenAIExpert | SimulatedExpert, Field(discriminator="engine")
+]
 
 
 def matches(name: str, globs: tuple[str, ...] | list[str]) -> bool:

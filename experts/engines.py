@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from signalbox.experts.base import Engine
-from signalbox.experts.catalog import ExpertConfig, TransformersExpert, VllmExpert
+from signalbox.experts.catalog import ExpertConfig, SimulatedExpert, TransformersExpert, VllmExpert
 
 
 def build_engine(name: str, config: ExpertConfig) -> Engine:
@@ -16,6 +16,10 @@ def build_engine(name: str, config: ExpertConfig) -> Engine:
         from signalbox.experts.vllm_engine import VllmEngine
 
         return VllmEngine(name, config)
+    if isinstance(config, SimulatedExpert):
+        from signalbox.experts.simulated_engine import SimulatedEngine
+
+        return SimulatedEngine(name, config)
     from signalbox.experts.openai_engine import OpenAIEngine
 
     return OpenAIEngine(name, config)

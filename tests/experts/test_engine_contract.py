@@ -1,5 +1,6 @@
 """What every local engine must do: on tiny models, by the transformers engine (two families) and by vLLM.
 
+What is said of streams, cancelling, bounds and errors, the simulated engine must do as well, which has no model.
 vLLM's part runs where vLLM can be imported: `make test-vllm`. Tests with "transformers" in their name are of that
 engine alone.
 """
@@ -27,7 +28,7 @@ from signalbox.experts.base import (
     SamplingParams,
     Unsupported,
 )
-from signalbox.experts.catalog import TransformersExpert, VllmExpert
+from signalbox.experts.catalog import SimulatedExpert, TransformersExpert, VllmExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import installed
 from tests.adapters.folders import lora_tensors, make_lora, write_lora
@@ -48,11 +49,16 @@ PROMPTS = [
 VLLM = pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm")
 
 
-@pytest.fixture(
-    scope="module", params=["transformers-llama", "transformers-gemma3", pytest.param("vllm-llama", marks=VLLM)]
-)
+ENGINES = ["transformers-llama", "transformers-gemma3", pytest.param("vllm-llama", marks=VLLM)]
+# For tests that need no model: what only the engine's side towards its clients does.
+ALSO_SIMULATED = pytest.mark.parametrize("folder", [*ENGINES, "simulated-none"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine, _, family = request.param.partition("-")
+    if engine == "simulated":
+        return tmp_path_factory.mktemp(engine)
     # The folder's name says which engine is to run the model.
     return save_tiny(tmp_path_factory.mktemp(engine), family, head_dim=32 if engine == "vllm" else 8)
 
@@ -69,6 +75,10 @@ def of_vllm(folder: Path) -> bool:
 
 def make(name: str, folder: Path, **changes: object) -> Any:
     """An engine for the model in a folder, not started."""
+    if folder.name.startswith("simulated"):
+        speed = {"prefill_tokens_per_s": 100_000.0, "step_ms": 2.0, "step_ms_per_request": 0.2}
+        stated = {"engine": "simulated", "max_running": 4, "context_length": 512, "bytes_per_token": 2.0} | speed
+        return build_engine(name, SimulatedExpert.model_validate(stated | changes))
     settings: dict[str, object] = {"model": str(folder), "dtype": "float32", "max_running": 4}
     if of_vllm(folder):
         settings |= {"engine": "vllm", "gpus": 0, "enforce_eager": True}
@@ -159,6 +169,7 @@ async def test_a_long_prompt_is_read_in_pieces_with_the_same_result(folder: Path
         await engine.close()
 
 
+@ALSO_SIMULATED
 async def test_streams_tokens_as_they_come_and_ends_with_usage(folder: Path, engine: Any) -> None:
     chunks = await collect(engine, ask(max_tokens=9, ignore_eos=True))
     assert len(tokens_of(chunks)) == 9 and len(chunks) > 2 and all(c.token_ids for c in chunks)
@@ -204,6 +215,7 @@ async def test_seed_fixes_a_sample_whatever_runs_beside_it(engine: Any) -> None:
     assert len({tuple(tokens_of(chunks)) for chunks in beside}) == 3
 
 
+@ALSO_SIMULATED
 async def test_a_stop_string_ends_the_text_before_it(engine: Any) -> None:
     whole = await text_of(engine, ask(max_tokens=30, ignore_eos=True))
     stop = whole[10:13]
@@ -243,6 +255,7 @@ async def test_score_is_the_likelihood_of_the_reference(folder: Path, engine: An
         assert score.bits_per_byte == pytest.approx(score.nll_bits / len(reference.encode()))
 
 
+@ALSO_SIMULATED
 async def test_closing_the_stream_frees_the_row_at_once(engine: Any) -> None:
     streams = [engine.generate(ask(max_tokens=400, ignore_eos=True)) for _ in range(4)]
     for stream in streams:
@@ -260,6 +273,7 @@ async def test_closing_the_stream_frees_the_row_at_once(engine: Any) -> None:
     await idle(engine)
 
 
+@ALSO_SIMULATED
 async def test_a_cancelled_task_frees_its_row(engine: Any) -> None:
     task = asyncio.create_task(collect(engine, ask(max_tokens=400, ignore_eos=True)))
     while not engine.state().running:
@@ -270,6 +284,7 @@ async def test_a_cancelled_task_frees_its_row(engine: Any) -> None:
     await idle(engine)
 
 
+@ALSO_SIMULATED
 async def test_queue_is_bounded(folder: Path) -> None:
     engine = make("narrow", folder, max_running=1, max_waiting=2)
     await engine.start()
@@ -343,6 +358,7 @@ async def test_a_fault_in_transformers_costs_one_request(plain_engine: Any, monk
     await idle(engine)
 
 
+@ALSO_SIMULATED
 async def test_closed_engine_says_so(folder: Path) -> None:
     engine = make("gone", folder)
     with pytest.raises(ExpertUnavailable, match="not running"):
