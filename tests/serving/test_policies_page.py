@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from signalbox.policies import base
 from signalbox.serving.access import AdmissionConfig, KeyConfig, TenantConfig
 from signalbox.serving.config import Config, load_config
+from signalbox.serving.embedded_valkey import EmbeddedValkey
+from signalbox.serving.metrics import Metrics
+from signalbox.serving.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "policies.md").read_text()
@@ -65,6 +69,30 @@ def test_the_codes_are_those_of_the_source() -> None:
     source = "\n".join(p.read_text() for folder in ("serving", "policies") for p in (ROOT / folder).glob("*.py"))
     assert len(codes) >= 18
     assert not [code for code in codes if f'"{code}"' not in source]
+
+
+async def test_the_metrics_are_those_that_are_told() -> None:
+    with EmbeddedValkey() as url:
+        store = Store(url)
+        metrics = Metrics(store, lambda: {"smollm2": (0.1, 0.2)})
+        text = await all_metrics(metrics)
+        await store.close()
+    told = text_string_to_metric_families(text)
+    families = {family.name + ("_total" if family.type == "counter" else ""): family for family in told}
+    rows = re.findall(r"^\| `(signalbox_\w+)` \| (.*?) \|", PAGE, re.MULTILINE)
+    assert {name for name, _ in rows} == set(families)
+    for name, labels in rows:
+        found = {label for sample in families[name].samples for label in sample.labels if label != "le"}
+        assert found == set(labels.split(", ")) - {"none"}, name
+
+
+async def all_metrics(metrics: Metrics) -> str:
+    metrics.request("gold", "smollm2", "ok")
+    metrics.admission("admitted", 0, 0.1)
+    metrics.ttft("gold", 0.1)
+    metrics.slo("gold", kept=True)
+    metrics.budget_refusal("gold", "budget_spent")
+    return (await metrics.text()).decode()
 
 
 def test_what_the_quickstart_has_commented_out_loads(tmp_path: Path) -> None:
