@@ -123,7 +123,7 @@ class _Facts:
 
     def __init__(self, expert: ExpertConfig) -> None:
         self.parameters, self.context_length = expert.parameters, expert.context_length
-        self.license, self.here = expert.license, "remote"
+        self.license, self.here = expert.license, "simulated" if expert.engine == "simulated" else "remote"
         if not isinstance(expert, LocalExpert):
             return
         from signalbox.experts.models import ModelUnavailable, resolve

@@ -26,7 +26,7 @@ from signalbox.experts.base import (
     ReplicaNotReady,
 )
 from signalbox.experts.base import Score as ExpertScore
-from signalbox.experts.catalog import ExpertConfig, LocalExpert
+from signalbox.experts.catalog import ExpertConfig, LocalExpert, OpenAIExpert
 from signalbox.serving import live_state
 from signalbox.serving.adapter_replica import OneReplica, ReplicaAdapters
 from signalbox.serving.live_state import ReplicaState
@@ -112,7 +112,7 @@ class ExpertDeployment:
             return error
 
     async def count_tokens(self, request: GenerateRequest) -> int | ExpertError | None:
-        """Tokens of the request's prompt; None where the engine cannot tell. An `ExpertError` is returned, not raised."""
+        """Tokens of the prompt; None where the engine cannot tell. An `ExpertError` is returned, not raised."""
         if self._engine is None:
             return self._unavailable()
         count = getattr(self._engine, "count_tokens", None)
@@ -429,7 +429,7 @@ def deploy(name: str, config: ExpertConfig, store_url: str, *, gpus: float = 0.0
         options["request_router_config"] = RequestRouterConfig(request_router_class=_ROUTER)  # type: ignore[arg-type]
     deployment = serve.deployment(
         name=f"expert-{name}",
-        num_replicas=config.replicas if isinstance(config, LocalExpert) else 1,
+        num_replicas=1 if isinstance(config, OpenAIExpert) else config.replicas,
         ray_actor_options={"num_cpus": 0.01} | ({"num_gpus": gpus} if gpus else {}),
         # The engine bounds its queue and answers 429 itself; Serve's bounds lie beyond, in case it cannot.
         max_ongoing_requests=2 * places + 64,
