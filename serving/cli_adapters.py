@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from signalbox.serving.cli_adapters_train import train_command
@@ -23,10 +21,13 @@ from signalbox.serving.service_client import (
     ServiceError,
     Url,
     checked,
-    connect,
     console,
     duration,
+    fail,
     messages,
+    plain_table,
+    service,
+    time_of,
 )
 
 # httpx, torch and transformers are imported where they are used: `signalbox --help` must not wait for them.
@@ -63,7 +64,7 @@ def add_command(
     body: dict[str, Any] = {"name": name, "path": str(path.expanduser().absolute()), "pinned": pinned}
     body |= {"base": base} if base is not None else {}
     body |= {"replicas": replicas} if replicas is not None else {}
-    with _service(url) as client:
+    with service(url) as client:
         record = checked(client.post("/v1/adapters", json=body))
         version = record["version"]
         if not wait:
@@ -80,7 +81,7 @@ def add_command(
 @adapters_app.command("list")
 def list_command(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show all adapters and what their replicas say of them at this moment."""
-    with _service(url) as client:
+    with service(url) as client:
         body = checked(client.get("/v1/adapters"))
     if as_json:
         print(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
@@ -88,7 +89,9 @@ def list_command(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     if not body["data"]:
         console.print("No adapters. `signalbox adapters add NAME PATH` registers one.", markup=False)
         return
-    table = _table("adapter", "base", "kind", "phase", ">version", ">rank", ">size", ">ready on", "pinned", "reason")
+    table = plain_table(
+        "adapter", "base", "kind", "phase", ">version", ">rank", ">size", ">ready on", "pinned", "reason"
+    )
     for record in body["data"]:
         table.add_row(
             escape(record["name"]),
@@ -108,7 +111,7 @@ def list_command(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 @adapters_app.command("show")
 def show_command(name: Name, url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show one adapter: its versions, its replicas, and what has happened to it."""
-    with _service(url) as client:
+    with service(url) as client:
         record = checked(client.get(f"/v1/adapters/{name}"))
     if as_json:
         print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode())
@@ -117,21 +120,21 @@ def show_command(name: Name, url: Url = DEFAULT_URL, as_json: AsJson = False) ->
     for key in ("reason", "path", "kind", "rank", "bytes", "content_hash", "pinned"):
         if record.get(key) not in (None, "", False):
             console.print(f"  {key}: {record[key]}", markup=False)
-    versions = _table(">version", "phase", "since", "reason")
+    versions = plain_table(">version", "phase", "since", "reason")
     for version in record["versions"]:
         versions.add_row(
             str(version["version"]),
             _colored(version["phase"]),
-            _time(version.get("created_at")),
+            time_of(version.get("created_at")),
             escape(version.get("reason") or ""),
         )
-    replicas = _table("replica", "phase", ">version")
+    replicas = plain_table("replica", "phase", ">version")
     for replica, state in sorted(record["replicas"].items()):
         replicas.add_row(escape(replica), _colored(state["phase"]), str(state["version"] or ""))
-    events = _table("at", "phase", ">version", "event")
+    events = plain_table("at", "phase", ">version", "event")
     for event in record["events"]:
         events.add_row(
-            _time(event["at"]), _colored(event["phase"]), str(event["version"]), escape(event["reason"] or "")
+            time_of(event["at"]), _colored(event["phase"]), str(event["version"]), escape(event["reason"] or "")
         )
     for table in (versions, replicas, events):
         if table.row_count:
@@ -141,7 +144,7 @@ def show_command(name: Name, url: Url = DEFAULT_URL, as_json: AsJson = False) ->
 @adapters_app.command("remove")
 def remove_command(name: Name, wait: Wait = True, timeout: Timeout = 600.0, url: Url = DEFAULT_URL) -> None:
     """Remove an adapter; requests that it is answering are finished first."""
-    with _service(url) as client:
+    with service(url) as client:
         checked(client.delete(f"/v1/adapters/{name}"))
         if not wait:
             console.print(f"{name} is being removed", markup=False)
@@ -184,22 +187,6 @@ adapters_app.command("train")(train_command)
 
 
 # What the commands stand on
-
-
-@contextmanager
-def _service(url: str) -> Iterator[httpx.Client]:
-    """A client; errors of the service become a line and exit code 1."""
-    import httpx
-
-    try:
-        with connect(url) as client:
-            yield client
-    except ServiceError as error:
-        _fail(str(error))
-    except httpx.ConnectError:
-        _fail(f"No service answers at {url}; `signalbox serve` starts one.")
-    except httpx.HTTPError as error:
-        _fail(f"{url} does not answer properly: {error}")
 
 
 def _follow(
@@ -318,27 +305,12 @@ def _base_of(base: str, path: Path, config: Path) -> tuple[str, Limits]:
     try:
         loaded = load_config(config, on_warning=lambda _: None)  # of other parts than this expert
     except ConfigError as error:
-        _fail("\n".join(error.messages))
+        fail("\n".join(error.messages))
     expert = loaded.experts.get(base)
     if not isinstance(expert, LocalExpert):
         local = ", ".join(name for name, e in loaded.experts.items() if isinstance(e, LocalExpert)) or "none"
-        _fail(f"--base {base}: {config} has no expert of this name that adapters could fit; those that could: {local}")
+        fail(f"--base {base}: {config} has no expert of this name that adapters could fit; those that could: {local}")
     return expert.model, adapter_limits(loaded, base)
-
-
-def _fail(message: str) -> NoReturn:
-    messages.print(message, style="red", markup=False)
-    raise typer.Exit(1)
-
-
-def _table(*headings: str) -> Table:
-    """A plain table; headings that begin with `>` are of numbers."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in headings:
-        table.add_column(
-            heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", overflow="fold"
-        )
-    return table
 
 
 _COLORS = {"ready": "green", "failed": "red", "gone": "dim", "absent": "dim", "unreachable": "red"}
@@ -358,9 +330,3 @@ def _ready_of(record: dict[str, Any]) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB" if count else ""
-
-
-def _time(at: float | None) -> str:
-    with suppress(TypeError, ValueError, OverflowError, OSError):
-        return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")  # type: ignore[arg-type]
-    return ""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import orjson
 import typer
 from rich.console import Console
+from rich.table import Table
 
 # httpx is imported where it is used: `signalbox --help` must not wait for it.
 if TYPE_CHECKING:
@@ -44,6 +48,22 @@ def connect(url: str) -> httpx.Client:
     return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
 
 
+@contextmanager
+def service(url: str) -> Iterator[httpx.Client]:
+    """A client; errors of the service become a line and exit code 1."""
+    import httpx
+
+    try:
+        with connect(url) as client:
+            yield client
+    except ServiceError as error:
+        fail(str(error))
+    except httpx.ConnectError:
+        fail(f"No service answers at {url}; `signalbox serve` starts one.")
+    except httpx.HTTPError as error:
+        fail(f"{url} does not answer properly: {error}")
+
+
 def checked(reply: httpx.Response) -> dict[str, Any]:
     """The reply's JSON. Raises `ServiceError` on an error status, or on what is not JSON."""
     try:
@@ -60,3 +80,26 @@ def checked(reply: httpx.Response) -> dict[str, Any]:
 def duration(ms: float) -> str:
     """Milliseconds for people to read."""
     return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms:.0f} ms"
+
+
+def time_of(at: float | None) -> str:
+    """Seconds since 1970 as local time for people to read; empty where there is none."""
+    with suppress(TypeError, ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")  # type: ignore[arg-type]
+    return ""
+
+
+def plain_table(*headings: str) -> Table:
+    """A table without lines; headings that begin with `>` are of numbers."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(
+            heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", overflow="fold"
+        )
+    return table
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong, and end with exit code 1."""
+    messages.print(message, style="red", markup=False)
+    raise typer.Exit(1)
