@@ -24,8 +24,8 @@ from signalbox.experts.catalog import Price
 from signalbox.experts.speed_model import SimulatedBatch, SpeedModel, Token
 from signalbox.policies.admission import AdmissionQueue, Event, Ticket
 from signalbox.policies.attainment import Figures, Outcome, figures
-from signalbox.policies.base import Candidate, NoCandidate, Policy, RequestShape, Slo
-from signalbox.policies.decide import decide
+from signalbox.policies.base import Candidate, NoCandidate, Policy, Rating, RequestShape, Slo
+from signalbox.policies.decide import decide, slack_ms
 from signalbox.policies.simulate_load import Arrival
 
 System = Literal["signalbox", "fcfs", "round_robin"]
@@ -36,7 +36,7 @@ NEWEST = 0.05  # weight of the newest request in the mean time that requests spe
 
 
 @dataclass(slots=True, frozen=True)
-class SimulatedExpert:
+class ExpertModel:
     """One expert of the simulated pool.
 
     `speed` is of each of `replicas` engines with `max_running` places and a queue of `max_waiting`. `quality` is the
@@ -72,7 +72,7 @@ class Simulated:
 
 def simulate(
     load: Sequence[Arrival],
-    experts: Iterable[SimulatedExpert],
+    experts: Iterable[ExpertModel],
     policies: Mapping[str, Policy],
     *,
     system: System = "signalbox",
@@ -121,7 +121,9 @@ class _Request:
     number: int
     arrival: Arrival
     order: list[_Server]
-    policy: Policy
+    priority: int = 0
+    ratings: dict[str, Rating] = field(default_factory=dict)
+    slo: Slo = field(default_factory=Slo)
     batch: int = 0
     started: float = 0.0
     first: float = 0.0
@@ -134,7 +136,7 @@ class _Request:
 class _Server:
     """One expert: its engines, and the queue in front of them."""
 
-    def __init__(self, expert: SimulatedExpert, max_queued: int, seed: str) -> None:
+    def __init__(self, expert: ExpertModel, max_queued: int, seed: str) -> None:
         self.expert, self.name = expert, expert.name
         seeds = random.Random(f"{seed}/{expert.name}")
         self.batches = [
@@ -212,36 +214,38 @@ class _Run:
     # -- a request comes ---------------------------------------------------------------------------------------
 
     def _arrive(self, number: int, arrival: Arrival) -> None:
-        policy = self._deciding[arrival.policy]
+        id = f"{GATEWAY}/{number}"
         if self._system == "round_robin":
-            order = [self._pool[self._turn % len(self._pool)]]
+            request = _Request(number, arrival, [self._pool[self._turn % len(self._pool)]])
             self._turn += 1
         else:
-            if self._system == "fcfs":
-                policy = policy.model_copy(update={"slo": Slo(), "min_quality": 0.0})
             try:
-                order = self._decide(number, arrival, policy)
+                request = self._decide(number, arrival)
             except NoCandidate:
                 self._outcomes[number] = Outcome(arrival.policy, arrival.at, "shed", "no_candidate")
                 return
-        id = f"{GATEWAY}/{number}"
-        request = self._requests[id] = _Request(number, arrival, order, policy)
         if self._system == "signalbox":
+            self._requests[id] = request
             self._admit(id, request, arrival.at)
         elif request.server.full():
-            del self._requests[id]
             self._outcomes[number] = Outcome(arrival.policy, arrival.at, "shed", "queue_full")
         else:
+            self._requests[id] = request
             self._start(id, arrival.at)
 
-    def _decide(self, number: int, arrival: Arrival, policy: Policy) -> list[_Server]:
+    def _decide(self, number: int, arrival: Arrival) -> _Request:
         """Whom to ask, and whom next where that one has no place in time."""
+        policy = self._deciding[arrival.policy]
+        if self._system == "fcfs":
+            policy = policy.model_copy(update={"slo": Slo(), "min_quality": 0.0})
         answer_tokens = arrival.max_tokens or ANSWER_TOKENS
         quality = {server.name: (self._quality(number, arrival, server), 0.0) for server in self._pool}
         candidates = [self._candidate(arrival, server, policy) for server in self._pool]
         shape = RequestShape(arrival.size, answer_tokens, arrival.max_tokens)
         decision = decide(quality, candidates, shape, policy, spread=self._spread)
-        return [self._servers[name] for name in (decision.expert, *decision.fallbacks)]
+        order = [self._servers[name] for name in (decision.expert, *decision.fallbacks)]
+        ratings = {rating.expert: rating for rating in decision.ratings}
+        return _Request(number, arrival, order, policy.priority, ratings, policy.slo)
 
     def _quality(self, number: int, arrival: Arrival, server: _Server) -> float:
         if arrival.quality is not None:
@@ -253,12 +257,12 @@ class _Run:
         return min(1.0, max(0.0, drawn))
 
     def _candidate(self, arrival: Arrival, server: _Server, policy: Policy) -> Candidate:
-        expert = server.expert
+        expert, wait_ms = server.expert, 0.0
         ttft_ms, tpot_ms = server.latency_ms(server.prompt_tokens(arrival))
         if self._system == "signalbox":
             now = arrival.at
             ticket = Ticket("forecast/", TENANT, 1.0, policy.priority, now, now + self._max_wait_s, 1.0)
-            ttft_ms += 1000 * server.queue.forecast(ticket, now)
+            wait_ms = 1000 * server.queue.forecast(ticket, now)
         return Candidate(
             name=server.name,
             price_input=expert.price.input,
@@ -268,22 +272,21 @@ class _Run:
             context_length=expert.context_length,
             parameters=expert.parameters,
             bytes_per_token=expert.bytes_per_token,
+            wait_ms=wait_ms,
         )
 
     # -- waits -------------------------------------------------------------------------------------------------
 
     def _admit(self, id: str, request: _Request, now: float) -> None:
-        """To the door of its expert, with the latest start that the ceilings leave after the predicted service."""
-        arrival, server, slo = request.arrival, request.server, request.policy.slo
-        ttft_ms, tpot_ms = server.latency_ms(server.prompt_tokens(arrival))
-        total_ms = ttft_ms + tpot_ms * ((arrival.max_tokens or ANSWER_TOKENS) - 1)
+        """To the door of its expert, to start before the ceilings cannot be kept any more."""
+        rating = request.ratings[request.server.name]
+        slack = slack_ms(rating, request.slo)
         latest = now + self._max_wait_s
-        if slo.max_ttft_ms is not None:
-            latest = min(latest, arrival.at + (slo.max_ttft_ms - ttft_ms) / 1000)
-        if slo.max_total_ms is not None:
-            latest = min(latest, arrival.at + (slo.max_total_ms - total_ms) / 1000)
-        ticket = Ticket(id, TENANT, 1.0, request.policy.priority, now, latest, max(total_ms / 1000, 0.001))
-        self._happened(server.queue.arrive(ticket, now), now)
+        if slack is not None:
+            latest = min(latest, request.arrival.at + slack / 1000)
+        service_s = max((rating.total_ms - rating.wait_ms) / 1000, 0.001)
+        ticket = Ticket(id, TENANT, 1.0, request.priority, now, latest, service_s)
+        self._happened(request.server.queue.arrive(ticket, now), now)
 
     def _happened(self, events: list[Event], now: float) -> None:
         for event in events:

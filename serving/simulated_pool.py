@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict
+from signalbox.experts.catalog import ExpertConfig, OpenAIExpert, Strict
 from signalbox.experts.speed_model import SpeedModel
 from signalbox.policies.base import Policy
-from signalbox.policies.simulate import SimulatedExpert
+from signalbox.policies.simulate import ExpertModel
 from signalbox.policies.simulate_load import Arrival
 from signalbox.serving.config import Config, ConfigError, Name
 from signalbox.serving.config_source import ConfigSource, Problem, describe, nearest, read_yaml
@@ -73,7 +73,7 @@ def _read(path: Path, around: set[str], model: type[Model]) -> dict[str, Model]:
 
 def simulated_pool(
     config: Config, speeds: Mapping[str, EngineSpeed], qualities: Mapping[str, tuple[float, float]]
-) -> tuple[list[SimulatedExpert], list[str]]:
+) -> tuple[list[ExpertModel], list[str]]:
     """The routable experts, and what is only guessed or left out, in words.
 
     A simulated engine's speed stands in its configuration; another's is taken from `speeds`, or guessed from its
@@ -92,13 +92,13 @@ def simulated_pool(
         if speed is None and expert.engine != "simulated":
             guessed.append(name)
         found.append(
-            SimulatedExpert(
+            ExpertModel(
                 name=name,
                 speed=speed.model() if speed is not None else _speed_of(expert),
                 price=expert.price,
                 max_running=expert.max_running,
                 max_waiting=expert.max_waiting,
-                replicas=expert.replicas if isinstance(expert, LocalExpert) else 1,
+                replicas=1 if isinstance(expert, OpenAIExpert) else expert.replicas,
                 bytes_per_token=(speed.bytes_per_token if speed is not None else None) or expert.bytes_per_token,
                 context_length=expert.context_length,
                 parameters=expert.parameters,

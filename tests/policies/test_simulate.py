@@ -10,7 +10,7 @@ from signalbox.experts.catalog import Price
 from signalbox.experts.speed_model import SpeedModel
 from signalbox.policies.attainment import ALL
 from signalbox.policies.base import Objective, Policy, Slo
-from signalbox.policies.simulate import Simulated, SimulatedExpert, System, simulate
+from signalbox.policies.simulate import ExpertModel, Simulated, System, simulate
 from signalbox.policies.simulate_load import Arrival, Bursts, Lengths, synthetic
 
 STEADY = Bursts(factor=1.0)
@@ -24,7 +24,7 @@ TIERS = {
     for name, ttft_ms, priority in (("gold", 800.0, 2), ("silver", 1600.0, 1), ("bronze", 3200.0, 0))
 }
 # 4 places, steps of 20 to 32 ms: some 7 requests/s of 16 tokens.
-ENGINE = SimulatedExpert(
+ENGINE = ExpertModel(
     "engine", SpeedModel(5000.0, 20.0, 4.0, jitter=0.1), Price(input=1.0, output=2.0), max_running=4, max_waiting=10_000
 )
 LENGTHS = Lengths((40, 400), (8, 24))
@@ -41,7 +41,7 @@ def run(factor: float, system: System = "signalbox", *, seconds: float = 120.0, 
 def test_one_place_waits_as_pollaczek_and_khinchine_say(use: float, system: System) -> None:
     """M/D/1: mean wait = use * service / (2 * (1 - use))."""
     service_s = 0.01
-    expert = SimulatedExpert("one", SpeedModel(1e12, 1000 * service_s), max_running=1, max_waiting=10**6)
+    expert = ExpertModel("one", SpeedModel(1e12, 1000 * service_s), max_running=1, max_waiting=10**6)
     load = synthetic(use / service_s, 600.0, {"plain": 1.0}, bursts=STEADY, lengths=Lengths((1, 1), (1, 1)), seed=3)
     done = simulate(load, [expert], {"plain": Policy()}, system=system, max_queued=10**6, max_wait_s=1e6)
     waits = [o.ttft_ms / 1000 - service_s for o in done.outcomes]
@@ -51,7 +51,7 @@ def test_one_place_waits_as_pollaczek_and_khinchine_say(use: float, system: Syst
 
 def test_a_batch_serves_what_its_arithmetic_says() -> None:
     """Far above capacity the engine finishes as many requests a second as `SpeedModel.requests_per_s` says."""
-    expert = SimulatedExpert("engine", SpeedModel(1e9, 20.0, 2.0), max_running=8, max_waiting=10**6)
+    expert = ExpertModel("engine", SpeedModel(1e9, 20.0, 2.0), max_running=8, max_waiting=10**6)
     load = synthetic(100.0, 60.0, {"plain": 1.0}, lengths=Lengths((4, 4), (10, 10)), seed=1)
     done = simulate(load, [expert], {"plain": Policy()}, system="fcfs", grace_s=0.0)
     answered = sum(o.status == "answered" for o in done.outcomes)
@@ -63,7 +63,7 @@ def test_a_batch_serves_what_its_arithmetic_says() -> None:
 @settings(max_examples=15, deadline=None)
 def test_no_request_is_lost_or_doubled(system: System, factor: float, seed: int, grace_s: float) -> None:
     load = synthetic(factor * CAPACITY, 20.0, MIX, lengths=LENGTHS, seed=seed)
-    experts = [ENGINE, SimulatedExpert("other", SpeedModel(1000.0, 50.0), max_running=2, max_waiting=5, replicas=2)]
+    experts = [ENGINE, ExpertModel("other", SpeedModel(1000.0, 50.0), max_running=2, max_waiting=5, replicas=2)]
     found = simulate(load, experts, TIERS, system=system, max_queued=8, grace_s=grace_s).figures(TIERS)
     for figures in found.values():
         shed = sum(figures.shed.values())
@@ -102,7 +102,7 @@ def test_the_lowest_tier_is_shed_first_and_the_highest_keeps_its_promise() -> No
 
 def test_those_of_greater_priority_start_first() -> None:
     """One place, taken; then bronze, silver and gold come, in this order, and none is in a hurry."""
-    expert = SimulatedExpert("one", SpeedModel(1e9, 1000.0), max_running=1)
+    expert = ExpertModel("one", SpeedModel(1e9, 1000.0), max_running=1)
     names = ["bronze", "bronze", "silver", "gold"]
     load = [Arrival(at=0.1 * i, policy=p, prompt_bytes=4, max_tokens=1) for i, p in enumerate(names)]
     policies = {name: Policy(priority=i) for i, name in enumerate(("bronze", "silver", "gold"))}
@@ -118,7 +118,7 @@ def test_goodput_is_never_below_that_of_a_first_come_queue(factor: float) -> Non
 
 
 def test_round_robin_takes_the_experts_in_turn() -> None:
-    experts = [SimulatedExpert(name, SpeedModel(1e6, 10.0), max_waiting=10**6) for name in "ab"]
+    experts = [ExpertModel(name, SpeedModel(1e6, 10.0), max_waiting=10**6) for name in "ab"]
     load = synthetic(20.0, 10.0, MIX, lengths=LENGTHS)
     chosen = [o.expert for o in simulate(load, experts, TIERS, system="round_robin").outcomes]
     assert set(chosen[::2]) == {"a"} and set(chosen[1::2]) == {"b"}
@@ -126,8 +126,8 @@ def test_round_robin_takes_the_experts_in_turn() -> None:
 
 def test_predicted_quality_decides_where_the_policy_asks_for_it() -> None:
     experts = [
-        SimulatedExpert("cheap", SpeedModel(1e6, 5.0), Price(output=1.0), quality=(0.4, 0.0)),
-        SimulatedExpert("good", SpeedModel(1e6, 5.0), Price(output=9.0), quality=(0.8, 0.0)),
+        ExpertModel("cheap", SpeedModel(1e6, 5.0), Price(output=1.0), quality=(0.4, 0.0)),
+        ExpertModel("good", SpeedModel(1e6, 5.0), Price(output=9.0), quality=(0.8, 0.0)),
     ]
     policies = {"best": Policy(), "thrift": Policy(objective=Objective(quality=0.1, cost=1.0))}
     load = [
@@ -143,14 +143,14 @@ def test_predicted_quality_decides_where_the_policy_asks_for_it() -> None:
 def test_who_is_shed_at_one_expert_goes_to_the_next_that_has_a_place() -> None:
     """The cheap one is taken for a second; whoever cannot wait so long gets the dear one, if there may be a second."""
     experts = [
-        SimulatedExpert("cheap", SpeedModel(1e9, 1000.0), Price(output=1.0), max_running=1),
-        SimulatedExpert("dear", SpeedModel(1e9, 100.0), Price(output=9.0), max_running=1),
+        ExpertModel("cheap", SpeedModel(1e9, 1000.0), Price(output=1.0), max_running=1),
+        ExpertModel("dear", SpeedModel(1e9, 100.0), Price(output=9.0), max_running=1),
     ]
     load = [Arrival(at=0.0, policy="first", prompt_bytes=4, max_tokens=1)]
     load += [Arrival(at=0.1, policy="second", prompt_bytes=4, max_tokens=1)]
     for fallback in (0, 1):
         thrift = Policy(objective=Objective(cost=1.0), fallback=fallback)
-        hasty = thrift.model_copy(update={"slo": Slo(max_total_ms=500.0), "on_no_candidates": "cheapest"})
+        hasty = thrift.model_copy(update={"slo": Slo(max_total_ms=1500.0), "on_no_candidates": "cheapest"})
         hasty = hasty.model_copy(update={"min_quality": 0.9})  # nobody has it, so the cheapest is asked first
         second = simulate(load, experts, {"first": thrift, "second": hasty}).outcomes[1]
         assert (second.status, second.expert) == (("answered", "dear") if fallback else ("shed", ""))
