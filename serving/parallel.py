@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 QUESTION_CHARACTERS = 4_000  # of the question that a judge is shown
 ANSWERS_CHARACTERS = 12_000  # of all answers together
+JUDGE_CHARACTERS = QUESTION_CHARACTERS + ANSWERS_CHARACTERS + 1_200  # in all, at most
 JUDGE_TIMEOUT_S = 60.0  # then the vote decides
 
 # Messages for the judge -> its reply and what it cost.
@@ -209,9 +210,10 @@ def chosen_number(reply: str, answers: int) -> int | None:
 
 def _quoted(text: str, limit: int) -> str:
     """Beginning and end of a text between marks that the text itself cannot close."""
+    text = text.replace("<<", "< <").replace(">>", "> >")  # leaves no three in a row
     if len(text) > limit:
         text = f"{text[: limit // 2]}\n[...]\n{text[-(limit // 2) :]}"
-    return "<<<\n" + text.replace("<<<", "< < <").replace(">>>", "> > >") + "\n>>>"
+    return f"<<<\n{text}\n>>>"
 
 
 @dataclass(slots=True)
