@@ -254,7 +254,7 @@ def plan_command(
                 f"{len(set(rows.prompt))} different prompts are too few to plan with: {4 * FOLDS} at least"
             )
         folds = np.array([int(fraction_of(p, "fold") * FOLDS) for p in rows.prompt])
-        categories, labels, what = _categories(rows, folds, encoder, seed)
+        categories, labels, what = categories_of(rows, folds, encoder, seed)
         found = plan(
             rows.score,
             rows.models,
@@ -279,7 +279,9 @@ def plan_command(
             json.write_bytes(orjson.dumps(described(found, sizes, used, what), option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def _categories(rows: Table, folds: NDArray[Any], encoder: str, seed: int) -> tuple[tuple[str, ...], NDArray[Any], str]:
+def categories_of(
+    rows: Table, folds: NDArray[Any], encoder: str, seed: int
+) -> tuple[tuple[str, ...], NDArray[Any], str]:
     """Names, the label of each row, and what they are."""
     import numpy as np
 

@@ -78,10 +78,10 @@ def _not_finite(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
         yield from _not_finite(item, (*path, key))
 
 
-def check_policy(policy: Policy, experts: Collection[str]) -> Findings:
+def check_policy(policy: Policy, experts: Collection[str] | None) -> Findings:
     """What only the pool can tell, and contradictions: a policy that names nobody, or that nobody can keep.
 
-    `experts` are all names that may be asked for, adapters' among them.
+    `experts` are all names that may be asked for, adapters' among them; None: not known, so not asked.
     """
     found = Findings()
     _check_globs(found, (), policy.allowed, policy.denied, experts)
@@ -102,17 +102,21 @@ def check_policy(policy: Policy, experts: Collection[str]) -> Findings:
 
 
 def _check_globs(
-    found: Findings, place: KeyPath, allowed: tuple[str, ...], denied: tuple[str, ...], experts: Collection[str]
+    found: Findings, place: KeyPath, allowed: tuple[str, ...], denied: tuple[str, ...], experts: Collection[str] | None
 ) -> None:
+    if not allowed:
+        found.problems.append(Problem((*place, "allowed"), "names no expert: no request could be answered"))
+    if not allowed or experts is None:
+        return
     globs = [("allowed", glob) for glob in allowed] + [("denied", glob) for glob in denied if not place]
     for key, glob in globs:
         if not any(matches(name, [glob]) for name in experts):
             text = f"'{glob}' fits none of the experts; {nearest(glob, sorted(experts))}"
             found.warnings.append(Problem((*place, key), text))
     wanted = [name for name in experts if matches(name, allowed)]
-    if not allowed or (wanted and all(matches(name, denied) for name in wanted)):
-        text = "names no expert" if not allowed else "every expert that it names is denied"
-        found.problems.append(Problem((*place, "allowed"), f"{text}: no request could be answered"))
+    if wanted and all(matches(name, denied) for name in wanted):
+        text = "every expert that it names is denied: no request could be answered"
+        found.problems.append(Problem((*place, "allowed"), text))
 
 
 def _check_slo(found: Findings, place: KeyPath, slo: Slo) -> None:
@@ -124,7 +128,7 @@ def _check_slo(found: Findings, place: KeyPath, slo: Slo) -> None:
             found.problems.append(Problem((*place, "max_total_ms"), text))
 
 
-def _check_judge(found: Findings, place: KeyPath, judge: str | None, experts: Collection[str]) -> None:
-    if judge is not None and judge not in experts:
+def _check_judge(found: Findings, place: KeyPath, judge: str | None, experts: Collection[str] | None) -> None:
+    if judge is not None and experts is not None and judge not in experts:
         text = f"there is no expert '{judge[:64]}'; {nearest(judge, sorted(experts))}"
         found.problems.append(Problem((*place, "judge"), text))
