@@ -107,7 +107,7 @@ def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, line: str, 
     ("expert", "message"),
     [
         ("{engine: opneai, model: x}", "engine: 'opneai' is unknown; did you mean 'openai'?"),
-        ("{model: x}", "engine: must be given; known: transformers, vllm, openai"),
+        ("{model: x}", "engine: must be given; known: transformers, vllm, openai, simulated"),
         ("{engine: openai, model: x}", "base_url: must be given: address up to and with the version, e.g. https://api.openai.com/v1"),
         ("{engine: openai, model: x, base_url: ftp://x}", "base_url: must start with http:// or https://"),
         ("{engine: openai, model: x, base_url: http://x, pricee: {}}", "pricee: unknown key; did you mean 'price'?"),

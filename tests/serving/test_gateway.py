@@ -207,6 +207,7 @@ async def test_route_tells_the_whole_table(service: Service) -> None:
         "tpot_ms",
         "total_ms",
         "utility",
+        "wait_ms",
         "strikes",
     ]
     assert all(set(r) == set(fields) for r in said["ratings"])
@@ -237,8 +238,7 @@ async def test_measured_latency_is_used(service: Service, client: openai.AsyncOp
 async def test_slo_header(service: Service) -> None:
     body = {"model": "auto", "messages": user("What is 3 plus 4?"), "max_tokens": 2}
     tight = await service.client.post("/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": "0.001"})
-    assert tight.status_code == 503 and "max_ttft_ms" in tight.json()["error"]["message"]
-    assert tight.headers["retry-after"]
+    assert tight.status_code == 200 and tight.headers["x-signalbox-violated"] == "max_ttft_ms"
     for bad in ("soon", "-5", "0", "nan", "inf", ""):
         reply = await service.client.post("/v1/chat/completions", json=body, headers={"x-slo-ttft-ms": bad})
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "x-slo-ttft-ms", bad
@@ -364,14 +364,14 @@ async def test_overload_is_429_with_retry_after(service: Service) -> None:
     codes = [reply.status_code for reply in replies]
     assert set(codes) == {200, 429} and codes.count(200) >= 16
     refused = next(reply for reply in replies if reply.status_code == 429)
-    assert refused.headers["retry-after"] == "1"
+    assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full" and refused.json()["error"]["type"] == "rate_limit_error"
 
 
 async def test_overload_of_one_expert_moves_auto_to_the_other(service: Service) -> None:
     body = {"model": "tiny", "messages": user("hello"), "max_tokens": 500, "ignore_eos": True}
     busy = [asyncio.create_task(service.client.post("/v1/chat/completions", json=body)) for _ in range(30)]
-    while await service.running("tiny") < 16:
+    while await service.running("tiny") < 8 or len(service.app._admission._held) < 16:
         await asyncio.sleep(0.005)
     auto = {"model": "auto", "messages": user("What is 3 plus 4?"), "max_tokens": 2}
     reply = await service.client.post("/v1/chat/completions", json=auto)
@@ -426,7 +426,7 @@ async def test_our_own_faults_tell_the_id_and_nothing_else(
 
 async def test_models(client: openai.AsyncOpenAI, service: Service) -> None:
     listed = [model.id async for model in client.models.list()]
-    assert listed == ["auto", "auto:gold", "auto:bronze", "auto:impossible", "auto:fresh", "tiny", "wide"]
+    assert listed == ["auto", "auto:bronze", "auto:fresh", "auto:gold", "auto:impossible", "tiny", "wide"]
     model = (await client.models.retrieve("tiny")).model_dump()
     assert model["signalbox"]["price"] == {"input": 0.1, "output": 0.2}
     assert model["signalbox"]["context_length"] == 8192 and model["signalbox"]["state"]["ready"] is True
