@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from signalbox.policies import base
 from signalbox.serving.access import AdmissionConfig, KeyConfig, TenantConfig
+from signalbox.serving.cli import app
 from signalbox.serving.config import Config, load_config
 from signalbox.serving.embedded_valkey import EmbeddedValkey
 from signalbox.serving.metrics import Metrics
@@ -106,3 +109,16 @@ def test_what_the_quickstart_has_commented_out_loads(tmp_path: Path) -> None:
     assert config.policies["gold"].rate is not None
     assert set(config.keys) == {"web", "ci", "ops"} and config.keys["ops"].admin
     assert config.tenants["acme"].weight == 3
+
+
+def test_the_commands_and_their_options_exist() -> None:
+    policy: Any = typer.main.get_command(app).commands["policy"]  # type: ignore[attr-defined]
+    used: dict[str, set[str]] = {}
+    for line in re.findall(r"signalbox policy (.*)", PAGE + (ROOT / "README.md").read_text()):
+        said = re.split(r"`|  +", line)[0]
+        for part in re.split(r" \| (?=[a-z])", said):
+            used.setdefault(part.split()[0], set()).update(re.findall(r"--[a-z-]+", part))
+    assert set(used) == set(policy.commands)
+    for name, options in used.items():
+        known = {option for parameter in policy.commands[name].params for option in parameter.opts}
+        assert options <= known, name
