@@ -212,7 +212,7 @@ class Dispatcher:
             seat: Seat | None = None
             batches: AsyncIterator[Batch] | None = None
             try:
-                seat = await self._seat(name, plan, id, caller)
+                seat = await self._seat(name, plan, id, caller, began)
                 hop += seat.slot.waited_s  # waiting for a place is not the gateway's own time
                 batches = self._ask(name, plan, id, asked)
                 # A stream is committed to its expert by its first batch; a whole answer only by its last.
@@ -261,7 +261,7 @@ class Dispatcher:
             if seat is not None:
                 await seat.leave(None)
 
-    async def _seat(self, name: str, plan: Plan, id: str, caller: Caller) -> Seat:
+    async def _seat(self, name: str, plan: Plan, id: str, caller: Caller, began: float) -> Seat:
         """Reserve what this attempt may cost, then wait for a place. Raises what either refuses with."""
         target = self._pool.known(name)
         if target is None:
@@ -275,13 +275,15 @@ class Dispatcher:
             prompt_tokens, most = await self._most(target, plan, id)
         reservation = await self._ledger.reserve(accounts, most, id, wait_s=RESERVE_WAIT_S)
         timing = plan.timings.get(name, Timing(None, 1.0))
+        # The ceilings count from the request's arrival: what deciding, and waiting for another expert, took is spent.
+        slack_s = None if timing.slack_s is None else timing.slack_s - (time.perf_counter() - began)
         try:
             slot = await self._admission.enter(
                 target.expert,
                 tenant=caller.tenant or caller.key or "",
                 weight=caller.weight,
                 priority=plan.priority,
-                slack_s=timing.slack_s,
+                slack_s=slack_s,
                 service_s=timing.service_s,
                 places=plan.call.choices * plan.samples,
             )
