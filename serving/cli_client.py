@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from signalbox.serving.cli_chat import chat_command
@@ -157,6 +158,9 @@ def _local_facts(config: Config, name: str) -> dict[str, Any]:
 
 def _show_plan(plan: dict[str, Any]) -> None:
     console.print(_score_table(plan["ratings"], plan["expert"]))
+    distances = _distance_table(plan.get("constraints") or [])
+    if distances is not None:
+        console.print(distances)
     said = [f"policy {plan['policy']}"]
     if plan["router"] == "fallback":
         said.append("the router could not be asked: quality is unknown")
@@ -203,3 +207,31 @@ def _score_table(ratings: list[dict[str, Any]], chosen: str | None) -> Table:
             style="bold" if r["expert"] == chosen else ("dim" if r["strikes"] else ""),
         )
     return table
+
+
+def _distance_table(rows: list[dict[str, Any]]) -> Table | None:
+    """Each expert's distance to each constraint, as a share of the limit; None where the policy sets none.
+
+    Below 0 there is room, above 0 the constraint is broken (in red).
+    """
+    limits = {
+        said["constraint"]: said["limit"] for row in rows for said in row["constraints"] if said["distance"] is not None
+    }
+    if not limits:
+        return None
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("distance to")
+    for constraint, limit in limits.items():
+        table.add_column(f"{constraint} {limit:g}", justify="right", no_wrap=True)
+    for row in rows:
+        known = {said["constraint"]: said for said in row["constraints"]}
+        table.add_row(escape(row["expert"]), *(_distance(known.get(constraint)) for constraint in limits))
+    return table
+
+
+def _distance(said: dict[str, Any] | None) -> str:
+    if said is None or said["distance"] is None:
+        return ""
+    # Far beyond a limit of next to nothing the share says no more than that.
+    text = f"{said['distance']:+.0%}" if said["distance"] < 100 else "> +10000%"
+    return text if said["kept"] else f"[red]{text}[/red]"

@@ -46,7 +46,7 @@ class Problem:
 
     def best_single(self, budget: float) -> tuple[str, float] | None:
         """The one expert that is best alone within the memory, and its expected quality; None where none fits."""
-        replicas = (self.demand.sum(axis=0) - 1e-6).clip(min=1).round(9)
+        replicas = (self.demand.sum(axis=0) - 1e-6).clip(min=1)
         quality = self.frequency @ self.quality
         fitting = [e for e, n in enumerate(replicas) if self.sizes[e] * math.ceil(n) <= budget]
         best = max(fitting, key=lambda e: float(quality[e]), default=None)
