@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 
 from signalbox.experts.base import ExpertError, InvalidRequest
 from signalbox.policies.base import Policy
+from signalbox.serving.config import Config
 from signalbox.serving.embedded_valkey import EmbeddedValkey
 from signalbox.serving.exchange import Exchange, Receive, Send
 from signalbox.serving.policy_api import PolicyApi
 from signalbox.serving.policy_table import PolicyTable
 from signalbox.serving.store import Store
+from tests.serving.conftest import serve_gateway
 
 GOLD = {"slo": {"max_ttft_ms": 800.0}}
 
@@ -249,3 +253,28 @@ async def test_with_the_store_lost_reading_goes_on(bed: Bed) -> None:
     ):
         error_of(reply, 503, "store_unavailable")
         assert int(reply.headers["retry-after"]) >= 1
+
+
+async def test_a_change_at_one_gateway_is_in_force_at_another() -> None:
+    """Over HTTP with two real gateways; the expert is never asked."""
+    expert = {"engine": "openai", "base_url": "http://127.0.0.1:9", "model": "m"}
+    config = Config.model_validate({"experts": {"remote": expert}, "policies": {"gold": GOLD}})
+    server = EmbeddedValkey()
+    url = server.start()
+    try:
+        async with serve_gateway(config, url, {}) as one, serve_gateway(config, url, {}) as other:
+            for change in ({"max_tokens": 7}, {"max_tokens": 8, "priority": 2}):
+                etag = (await one.client.put("/v1/policies/night", json=change)).headers["etag"]
+                deadline = time.monotonic() + 10
+                while (await other.client.get("/v1/policies/night")).headers.get("etag") != etag:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.01)
+                said = (await other.client.get("/v1/models/auto:night")).json()["signalbox"]
+                assert said == {"policy": "night", **change}, "what requests go by, not only what is shown"
+            assert (await one.client.delete("/v1/policies/night")).status_code == 204
+            deadline = time.monotonic() + 10
+            while (await other.client.get("/v1/models/auto:night")).status_code != 404:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+    finally:
+        server.stop()
