@@ -293,7 +293,9 @@ class PolicyTable:
             verdict = await self._records.write(record, "mark" if same else "put", seed=self._hashes[name])
             if verdict == "full":
                 log.error("the configuration's policy %s is not taken over: there are %d", name, MAX_POLICIES)
-            if verdict != "stale":
+            if verdict == "lost":
+                await self._restore()
+            elif verdict != "stale":
                 return
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -332,3 +333,45 @@ async def test_records_raise_what_the_store_raises(bed: Bed) -> None:
     bed.server.stop()
     with pytest.raises(StoreUnavailable):
         await PolicyRecords(bed.store()).read("")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_changes_by_two_gateways_agree_with_a_model(bed: Bed, seed: int) -> None:
+    """The model: for each name the list of its versions, None where it was deleted."""
+    rng = random.Random(seed)
+    tables = [await bed.started({"keep": policy(1)}) for _ in range(2)]
+    model: dict[str, list[Policy | None]] = {"keep": [policy(1)]}
+    for _ in range(120):
+        table, name = rng.choice(tables), rng.choice(["keep", "a", "b"])
+        versions = model.setdefault(name, [])
+        in_force = versions[-1] if versions else None
+        what = rng.choice(["put", "put", "delete", "rollback"])
+        if what == "put":
+            wanted = policy(rng.randint(1, 3))
+            record, created = await table.put(name, wanted)
+            assert created == (in_force is None)
+            if wanted != in_force:
+                versions.append(wanted)
+            assert (record.version, record.policy) == (len(versions), wanted)
+        elif what == "delete":
+            if in_force is None:
+                assert await refused(table.delete(name)) == (404, "policy_not_found")
+            else:
+                await table.delete(name)
+                versions.append(None)
+        elif versions:
+            back = rng.randint(1, len(versions) + 1)
+            old = versions[back - 1] if back <= len(versions) and back > len(versions) - 50 else None
+            if old is None:
+                assert await refused(table.rollback(name, back)) == (404, "version_not_found")
+            else:
+                record = await table.rollback(name, back)
+                versions.append(old)
+                assert (record.version, record.policy) == (len(versions), old)
+    for name, versions in model.items():
+        if versions:
+            said = [(r.version, None if r.deleted else r.policy) for r in await tables[0].versions(name)]
+            assert said == list(enumerate(versions, start=1))[::-1][:50]
+    expected = {name: versions[-1] for name, versions in model.items() if versions and versions[-1] is not None}
+    for table in tables:
+        await until(lambda table=table: table.policies() == expected)  # type: ignore[misc]
