@@ -14,6 +14,7 @@ from signalbox.experts.base import ExpertError, InvalidRequest
 from signalbox.policies.explain import explain
 from signalbox.serving.dispatch import AUTO, Dispatcher, Plan, Run, Terms
 from signalbox.serving.exchange import Exchange, Handler, Headers
+from signalbox.serving.metrics import Metrics
 from signalbox.serving.outcomes import Outcomes
 from signalbox.serving.protocols import openai_replies as replies
 from signalbox.serving.protocols.openai import Call, parse_chat, parse_completion, parse_json
@@ -21,12 +22,16 @@ from signalbox.serving.protocols.openai import Call, parse_chat, parse_completio
 log = logging.getLogger(__name__)
 
 
+REFUSALS = frozenset({"budget_spent", "rate_limited", "max_inflight"})
+
+
 class CompletionApi:
     """Handlers of these routes, by path. `max_body_bytes` bounds a request's body."""
 
-    def __init__(self, dispatcher: Dispatcher, outcomes: Outcomes, max_body_bytes: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, outcomes: Outcomes, metrics: Metrics, max_body_bytes: int) -> None:
         self._dispatcher = dispatcher
         self._outcomes = outcomes
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self.routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._chat},
@@ -79,7 +84,20 @@ class CompletionApi:
                 recording.cancel()
             if run is not None:
                 await run.aclose()
+            self._count(run, outcome)
             _log_outcome(exchange, call, run, outcome)
+
+    def _count(self, run: Run | None, outcome: str) -> None:
+        policy = run.plan.policy if run is not None else "none"
+        self._metrics.request(policy, run.expert if run is not None else "none", outcome)
+        if outcome in REFUSALS:
+            self._metrics.budget_refusal(policy, outcome)
+        timing = run.timing() if run is not None else None
+        if run is not None and timing is not None:
+            self._metrics.ttft(policy, timing.ttft_ms / 1000)
+            slo = run.plan.ruling.policy.slo
+            if slo.max_ttft_ms or slo.max_tpot_ms or slo.max_total_ms:
+                self._metrics.slo(policy, kept=timing.kept(slo))
 
     async def _whole(
         self, exchange: Exchange, call: Call, run: Run, reply_id: str, recording: asyncio.Task[None]

@@ -30,6 +30,7 @@ from signalbox.experts.base import (
     SamplingParams,
     Usage,
 )
+from signalbox.policies.attainment import Outcome
 from signalbox.policies.charges import Charge
 from signalbox.serving.admission import Admission, Shed
 from signalbox.serving.cache import CachedAnswer, ResponseCache
@@ -39,7 +40,7 @@ from signalbox.serving.config import Config
 from signalbox.serving.expert_deployment import ExpertClient
 from signalbox.serving.ledger import Ledger
 from signalbox.serving.options import Options, parse_options, take_flags
-from signalbox.serving.parallel import sample_calls, sampled
+from signalbox.serving.parallel import JUDGE_CHARACTERS, sample_calls, sampled
 from signalbox.serving.planning import AUTO, Plan, Planner, Ruling, Terms, Timing, bounded, last_text
 from signalbox.serving.policy_table import PolicyTable
 from signalbox.serving.pool import Pool, Target, hash_of
@@ -63,6 +64,24 @@ CacheVerdict = Literal["hit", "miss", "bypass"]
 
 
 @dataclass(slots=True)
+class Asked:
+    """Which expert answers (an adapter's version is settled when it is asked), and when tokens came.
+
+    Times are of `time.perf_counter`, in seconds.
+    """
+
+    target: Target | None = None
+    first_at: float | None = None
+    last_at: float | None = None
+
+    def note(self, chunks: list[Chunk]) -> None:
+        """Some chunks came now."""
+        if any(chunk.text or chunk.token_ids for chunk in chunks):
+            self.last_at = time.perf_counter()
+            self.first_at = self.first_at or self.last_at
+
+
+@dataclass(slots=True)
 class Run:
     """One request being answered: iterate for batches of chunks, then `settle`; close it whatever happens.
 
@@ -78,7 +97,7 @@ class Run:
     batches: AsyncIterator[Batch]
     builder: AnswerBuilder
     keep: _Keep | None = None
-    asked: Target | None = None
+    asked: Asked | None = None
     source: AsyncIterator[Batch] | None = None
     seat: Seat | None = None
     waited_s: float = 0.0
@@ -93,6 +112,21 @@ class Run:
                 keep.choices[index].extend(chunks)
             yield index, chunks
 
+    def timing(self) -> Outcome | None:
+        """How fast it was, for the policy's ceilings; None of what came from the cache, or did not come to its end."""
+        if self.asked is None or self.asked.first_at is None or self.asked.last_at is None or not self.builder.complete:
+            return None
+        further = max(1, self.builder.usage().completion_tokens - 1)
+        return Outcome(
+            policy=self.plan.policy,
+            at=0.0,
+            status="answered",
+            expert=self.expert,
+            ttft_ms=1000 * (self.asked.first_at - self.began),
+            tpot_ms=1000 * (self.asked.last_at - self.asked.first_at) / further,
+            total_ms=1000 * (self.asked.last_at - self.began),
+        )
+
     async def leave(self) -> None:
         """Give the place at the expert back, and settle what the answer cost; the first call counts."""
         seat, self.seat = self.seat, None
@@ -106,13 +140,6 @@ class Run:
             await close(self.source)  # a generator that nobody has begun to read closes nothing below it
         finally:
             await self.leave()
-
-
-@dataclass(slots=True)
-class _Asked:
-    """Which expert answers: an adapter's version is settled when it is asked."""
-
-    target: Target | None = None
 
 
 @dataclass(slots=True)
@@ -207,7 +234,7 @@ class Dispatcher:
         hop = time.perf_counter()
         failure: ExpertError | None = None
         for attempt, name in enumerate(plan.order, 1):
-            asked = _Asked()
+            asked = Asked()
             id = f"{reply_id}.{attempt}" if attempt > 1 else reply_id
             seat: Seat | None = None
             batches: AsyncIterator[Batch] | None = None
@@ -247,7 +274,7 @@ class Dispatcher:
                 batches=resume(held, batches),
                 builder=AnswerBuilder(call.choices, call.n),
                 keep=keep,
-                asked=asked.target,
+                asked=asked,
                 source=batches,
                 seat=seat,
                 waited_s=seat.slot.waited_s,
@@ -301,6 +328,9 @@ class Dispatcher:
         longest = call.sampling.max_tokens or (context - min(counts) if context else UNBOUNDED_ANSWER)
         prompt_tokens = sum(counts) * plan.samples
         answer_tokens = max(1, longest) * call.choices * plan.samples
+        if plan.samples > 1 and plan.parallel.judge is not None:
+            prompt_tokens += JUDGE_CHARACTERS  # what a judge reads, at a token a character at most
+            answer_tokens += JUDGE_TOKENS
         usd = target.config.price.usd(prompt_tokens, answer_tokens)
         return prompt_tokens, Charge(usd=usd, tokens=prompt_tokens + answer_tokens, requests=1)
 
@@ -311,7 +341,7 @@ class Dispatcher:
             return counted
         return int(1.2 * call.prompt_bytes() / target.config.bytes_per_token) + 16
 
-    async def _ask(self, name: str, plan: Plan, reply_id: str, asked: _Asked) -> AsyncIterator[Batch]:
+    async def _ask(self, name: str, plan: Plan, reply_id: str, asked: Asked) -> AsyncIterator[Batch]:
         """All choices from one expert; `asked` learns which it was. Raises `ExpertUnavailable` where it is not ready.
 
         An adapter stays loaded while it answers. Where a replica has lost it, or is only just starting beside others
@@ -326,6 +356,7 @@ class Dispatcher:
                     async with contextlib.aclosing(self._ask_target(target, plan, reply_id)) as batches:  # type: ignore[type-var]
                         async for batch in batches:
                             begun = True
+                            asked.note(batch[1])
                             yield batch
                     return
             except (AdapterNotLoaded, ReplicaNotReady):
@@ -377,10 +408,11 @@ class Dispatcher:
     async def settle(self, run: Run) -> None:
         """Charge the finished answer of a run that came to its proper end, and keep it. Call once."""
         await run.leave()
-        if run.keep is None or run.asked is None or not run.builder.complete:
+        target = run.asked.target if run.asked is not None else None
+        if run.keep is None or target is None or not run.builder.complete:
             return
         answer = CachedAnswer(run.expert, tuple(tuple(chunks) for chunks in run.keep.choices))
-        key = self._answer_key(run.asked, run.plan.call, run.keep.namespace)
+        key = self._answer_key(target, run.plan.call, run.keep.namespace)
         if await self._cache.put(key, answer, run.keep.ttl_s):
             await self._remember(run.keep, run.plan, run.expert)
 

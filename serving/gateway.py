@@ -26,6 +26,7 @@ from signalbox.serving.learner import Learner
 from signalbox.serving.ledger import Ledger
 from signalbox.serving.live_router import ArtifactWatch
 from signalbox.serving.live_state import LiveState
+from signalbox.serving.metrics import Metrics
 from signalbox.serving.outcomes import MAX_BODY_BYTES, Outcomes, parse_feedback
 from signalbox.serving.placement import gpu_shares, gpus_here
 from signalbox.serving.policy_api import PolicyApi
@@ -74,9 +75,15 @@ class GatewayApp:
         self._adapters = AdapterTable(self._store, registry, experts) if registry is not None else None
         pool = Pool(config, live=self._live, adapters=self._adapters)
         self._policies = PolicyTable(self._store, config.policies, protected=policies_in_use(config))
+        self._metrics = Metrics(self._store, self._latency_errors)
         self._ledger = Ledger(self._store)
         self._admission = Admission(
-            self._store, config.admission, config.experts, pool.capacity, gateways=config.server.gateways
+            self._store,
+            config.admission,
+            config.experts,
+            pool.capacity,
+            gateways=config.server.gateways,
+            on_verdict=self._metrics.admission,
         )
         self._dispatcher = Dispatcher(
             config,
@@ -90,7 +97,7 @@ class GatewayApp:
             ledger=self._ledger,
         )
         self._adapter_api = AdapterApi(config, self._adapters)
-        completions = CompletionApi(self._dispatcher, self._outcomes, config.server.max_body_bytes)
+        completions = CompletionApi(self._dispatcher, self._outcomes, self._metrics, config.server.max_body_bytes)
         policies = PolicyApi(self._policies, pool.names, lambda exchange: require_admin(exchange.caller))
         info = ServiceInfo(config, self._dispatcher.planner, pool, self._live, self._routing, self._store)
         usage = UsageApi(self._callers, self._policies, self._ledger)
@@ -104,6 +111,7 @@ class GatewayApp:
             "/healthz": {"GET": info.healthz},
             "/readyz": {"GET": info.readyz},
             "/version": {"GET": info.version},
+            "/metrics": {"GET": self._metrics.serve},
             **self._adapter_api.routes,
         }
         # Routes with a name at their end.
@@ -149,6 +157,7 @@ class GatewayApp:
         await self._policies.start()
         await self._ledger.start()
         await self._admission.start()
+        await self._metrics.start()
         if self._adapters is not None:
             await self._adapters.start()
 
@@ -161,10 +170,15 @@ class GatewayApp:
         if self._adapters is not None:
             await self._adapters.close()
         await self._admission.close()
+        await self._metrics.close()
         await self._ledger.close()
         await self._policies.close()
         await self._live.close()
         await self._store.close()
+
+    def _latency_errors(self) -> dict[str, tuple[float | None, float | None]]:
+        states = {name: self._live.expert(name) for name in self._config.experts}
+        return {name: (state.ttft_error, state.tpot_error) for name, state in states.items()}
 
     async def _serve(self, exchange: Exchange) -> None:
         try:

@@ -137,7 +137,9 @@ class Planner:
         """
         head, colon, name = model.partition(":")
         if head == AUTO and (not colon or self._policies.get(name) is not None):
-            return self._ruling(caller, name if colon else None)
+            ruling = self._ruling(caller, name if colon else None)
+            await self._intents.ready(ruling.policy)
+            return ruling
         target = await self._pool.find(model)
         if target is None:
             raise self._pool.unknown(model, (AUTO, *(f"{AUTO}:{policy}" for policy in self._policies.names())))

@@ -199,7 +199,7 @@ async def test_without_the_store_each_gateway_goes_on_alone(monkeypatch: pytest.
             more = [task for task in more if not task.done()]
             slots.pop().leave(completed=True)
             if more:
-                await soon(lambda: any(task.done() for task in more))
+                await asyncio.wait(more, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         for slot in slots:
             slot.leave(completed=True)
         assert not admission._held
