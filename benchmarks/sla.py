@@ -110,6 +110,8 @@ def note_load(run: Run, system: System, factor: float, played: Played) -> None:
     """Rows of one load through one system."""
     found = run.real[system, factor] = figures(played.outcomes, run.tiers, run.seconds)
     run.outcomes[system, factor] = played.outcomes
+    kept = b"".join(orjson.dumps(asdict(o)) + b"\n" for o in played.outcomes)
+    (WORK / f"{run.pool.name}-{factor:g}-{system.replace(' ', '-')}.jsonl").write_bytes(kept)
     case = f"{factor:g} x capacity, {system}"
     for name, f in found.items():
         gold = system == "signalbox" and name == "gold" and factor == 1.5
@@ -226,7 +228,7 @@ def forecast(run: Run) -> None:
     predicted = {}
     for factor, load in run.loads.items():
         predicted[factor] = with_predictions(load, config)
-        write_load(WORK / f"{run.pool.name}-{factor:g}.jsonl", predicted[factor][0])
+        write_load(WORK / f"{run.pool.name}-{factor:g}-load.jsonl", predicted[factor][0])
     for (system, factor), real in run.real.items():
         load, spread = predicted[factor]
         done = simulate(
@@ -279,7 +281,7 @@ def draw(run: Run) -> None:
 
 def main(
     pool: Annotated[str, typer.Option(help="quickstart, simulated, or both")] = "both",
-    seconds: Annotated[float | None, typer.Option(min=2, help="of each load; default: 30 and 20")] = None,
+    seconds: Annotated[float | None, typer.Option(min=2, help="of each load; default: 25 and 20")] = None,
     loads: Annotated[str, typer.Option(help="multiples of capacity")] = LOADS,
     seed: Annotated[int, typer.Option(help="of the arrivals")] = 7,
 ) -> None:

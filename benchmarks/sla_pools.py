@@ -86,7 +86,7 @@ def quickstart() -> Pool:
             "bronze": {"quality": 1.0, "cost": 1.0},
         },
         plain={"quality": 1.0, "latency": 1.0},
-        seconds=30.0,
+        seconds=25.0,
         think=0.2,
         capacity_s=10.0,
         router=ROOT / "routers" / "quickstart",
