@@ -255,28 +255,29 @@ def forecast(run: Run) -> None:
 
 def draw(run: Run) -> None:
     """The plots of one pool."""
-    systems = list(dict.fromkeys(system for system, _ in run.real))
+    systems = sorted({system for system, _ in run.real}, key=list(SIMULATED).index)
     factors = sorted({factor for _, factor in run.real})
 
     def line(found: Mapping[tuple[System, float], dict[str, Figures]], system: System, name: str, what: str) -> Any:
         return [(f, getattr(found[system, f][name], what)) for f in factors if name in found.get((system, f), {})]
 
-    lines = {
-        f"{system}: {tier}": line(run.real, system, tier, "attainment") for system in systems for tier in run.tiers
-    }
-    write_plot(RESULTS / f"sla_{run.pool.name}_attainment.svg", f"Promises kept, {run.pool.name} pool", "share", lines)
+    kept = {tier: {system: line(run.real, system, tier, "attainment") for system in systems} for tier in run.tiers}
+    write_plot(RESULTS / f"sla_{run.pool.name}_attainment.svg", f"Promises kept, {run.pool.name} pool", "share", kept)
     goodput = {system: line(run.real, system, ALL, "goodput") for system in systems}
-    goodput["offered"] = [(f, f * run.capacity.requests_per_s) for f in factors] if run.capacity else []
+    goodput["offered"] = [(f, len(load) / run.seconds) for f, load in run.loads.items() if f in factors]
     title = f"Goodput, {run.pool.name} pool"
     dashed = frozenset({"offered"})
-    write_plot(RESULTS / f"sla_{run.pool.name}_goodput.svg", title, "kept requests/s", goodput, dashed)
+    write_plot(RESULTS / f"sla_{run.pool.name}_goodput.svg", title, "kept requests/s", {"": goodput}, dashed)
     if any(system == "signalbox" for system, _ in run.forecast):
-        pairs = {}
-        for tier in run.tiers:
-            pairs[f"measured: {tier}"] = line(run.real, "signalbox", tier, "attainment")
-            pairs[f"simulated: {tier}"] = line(run.forecast, "signalbox", tier, "attainment")
-        title = f"Measured and simulated, {run.pool.name} pool"
-        write_plot(RESULTS / f"sla_{run.pool.name}_simulated.svg", title, "share of promises kept", pairs)
+        pairs = {
+            tier: {
+                "measured": line(run.real, "signalbox", tier, "attainment"),
+                "simulated": line(run.forecast, "signalbox", tier, "attainment"),
+            }
+            for tier in run.tiers
+        }
+        title = f"Promises kept by signalbox, measured and simulated, {run.pool.name} pool"
+        write_plot(RESULTS / f"sla_{run.pool.name}_simulated.svg", title, "share", pairs)
 
 
 def main(

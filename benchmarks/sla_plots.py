@@ -13,28 +13,34 @@ STYLE = (
     "text{fill:var(--ink);font-size:12px}.tick{fill:var(--soft)}.grid{stroke:var(--line)}"
     ".frame{stroke:var(--soft);fill:none}"
 )
-TITLE, ROW = 30, 18  # pixels
-# system -> name -> [(load, value)]
-Lines = Mapping[str, Sequence[tuple[float, float]]]
+TITLE, LEGEND, COLUMN = 30, 28, 190  # pixels
+Lines = Mapping[str, Sequence[tuple[float, float]]]  # name -> [(load, value)]
 
 
-def write_plot(path: Path, title: str, y: str, lines: Lines, dashed: frozenset[str] = frozenset()) -> None:
-    """One file: lines against the load as a multiple of capacity, with a legend below."""
-    series = [Series(name, points, dashed=name in dashed, dots=True) for name, points in lines.items() if points]
-    if not series:
+def write_plot(
+    path: Path, title: str, y: str, panels: Mapping[str, Lines], dashed: frozenset[str] = frozenset()
+) -> None:
+    """One file: panels below each other, each of lines against the load, with one legend: all have the same lines."""
+    drawn = {}
+    for name, lines in panels.items():
+        series = [Series(line, points, dashed=line in dashed, dots=True) for line, points in lines.items() if points]
+        if series:
+            drawn[name] = series
+    if not drawn:
         return
-    inner = plot(series, Axes("load, as a multiple of measured capacity", y))
-    columns = 3
-    height = HEIGHT + TITLE + ROW * (1 + (len(series) - 1) // columns) + 12
-    legend = []
-    for i, one in enumerate(series):
-        x, row = 70 + (i % columns) * 260, HEIGHT + TITLE + 12 + ROW * (i // columns)
-        legend.append(f'<rect x="{x}" y="{row - 9}" width="18" height="10" fill="{colour_of(series, i)}"/>')
-        legend.append(f'<text x="{x + 24}" y="{row}">{escape(one.name)}</text>')
+    height = TITLE + LEGEND + len(drawn) * (HEIGHT + TITLE)
+    out = [f'<text x="70" y="20" style="font-size:15px;font-weight:600">{escape(title)}</text>']
+    first = next(iter(drawn.values()))
+    for i, one in enumerate(first):
+        out.append(f'<rect x="{70 + i * COLUMN}" y="{TITLE + 4}" width="18" height="10" fill="{colour_of(first, i)}"/>')
+        out.append(f'<text x="{94 + i * COLUMN}" y="{TITLE + 13}">{escape(one.name)}</text>')
+    for row, (name, series) in enumerate(drawn.items()):
+        top = TITLE + LEGEND + row * (HEIGHT + TITLE)
+        out.append(f'<text x="70" y="{top + 14}" style="font-weight:600">{escape(name)}</text>')
+        inner = plot(series, Axes("load, as a multiple of measured capacity", y))
+        out.append(f'<g transform="translate(0 {top + 14})">{inner}</g>')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
-        f"<style>{STYLE}</style><rect width='100%' height='100%' fill='#fff'/>"
-        f'<text x="70" y="20" style="font-size:15px;font-weight:600">{escape(title)}</text>'
-        f'<g transform="translate(0 {TITLE})">{inner}</g>{"".join(legend)}</svg>\n'
+        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(out)}</svg>\n'
     )
