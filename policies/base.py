@@ -261,9 +261,13 @@ class Decision:
 
 
 class NoCandidate(Exception):
-    """Every expert was struck out; `ratings` has the reasons. The message lists them."""
+    """Every expert was struck out; `ratings` has the reasons, which the message lists.
+
+    `constraints` is `explain`'s table, where somebody has made it.
+    """
 
     def __init__(self, ratings: list[Rating]) -> None:
         reasons = "; ".join(f"{r.expert}: {', '.join(map(str, r.strikes))}" for r in ratings)
         super().__init__(f"no expert satisfies the policy ({reasons or 'the pool is empty'})")
         self.ratings = ratings
+        self.constraints: list[dict[str, Any]] = []

@@ -11,14 +11,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from signalbox.adapters.base import Limits
-from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert, matches
+from signalbox.experts.catalog import ExpertConfig, LocalExpert, Strict, VllmExpert
 from signalbox.experts.vllm_arguments import argument_problems, installed
 from signalbox.policies.base import Policy
 from signalbox.serving.access import AdmissionConfig, KeyConfig, TenantConfig
@@ -31,6 +31,7 @@ from signalbox.serving.config_source import (
     nearest,
     read_yaml,
 )
+from signalbox.serving.policy_check import Findings, check_policy
 
 __all__ = [
     "AdapterConfig",
@@ -318,7 +319,7 @@ def _problems(config: Config) -> list[Problem]:
             ]
     found += _adapter_problems(config)
     found += _access_problems(config)
-    found += _judge_problems(config)
+    found += _policy_problems(config)
     named_or_needed = config.routers or "default_router" in config.model_fields_set
     if named_or_needed and config.default_router not in config.routers:
         found.append(Problem(("default_router",), _unknown("router", config.default_router, config.routers)))
@@ -351,23 +352,22 @@ def _access_problems(config: Config) -> list[Problem]:
     return found
 
 
-def _judge_problems(config: Config) -> list[Problem]:
-    """Policies whose judge is no expert."""
+def _policy_findings(config: Config) -> Iterator[tuple[str, Findings]]:
+    """What is wrong or odd with each policy, held against the pool."""
     known = [*config.experts, *config.adapters, *(f"{a.base}:{name}" for name, a in config.adapters.items())]
-    judges: list[tuple[KeyPath, str | None]] = [
-        (("policies", name, "parallel", "judge"), p.parallel.judge) for name, p in config.policies.items()
+    for name, policy in config.policies.items():
+        yield name, check_policy(policy, known)
+
+
+def _policy_problems(config: Config) -> list[Problem]:
+    found = [
+        Problem(("policies", name, *problem.path), problem.text)
+        for name, findings in _policy_findings(config)
+        for problem in findings.problems
     ]
-    judges += [
-        (("policies", name, "intents", intent, "parallel", "judge"), said.parallel.judge)
-        for name, policy in config.policies.items()
-        for intent, said in policy.intents.items()
-        if said.parallel is not None
-    ]
-    return [
-        Problem(path, _unknown("expert", judge, dict.fromkeys(known)))
-        for path, judge in judges
-        if judge is not None and judge not in known
-    ]
+    if "validate" in config.policies:
+        found.append(Problem(("policies", "validate"), "a route of the API has this name: call the policy otherwise"))
+    return found
 
 
 def _adapter_problems(config: Config) -> list[Problem]:
@@ -422,10 +422,8 @@ def _warnings(config: Config) -> list[Problem]:
         if isinstance(expert, VllmExpert) and not installed()
     ]
     found += [
-        Problem(("policies", name, key), f"'{glob}' fits none of the experts")
-        for name, policy in config.policies.items()
-        for key in ("allowed", "denied")
-        for glob in getattr(policy, key)
-        if not any(matches(expert, [glob]) for expert in config.experts)
+        Problem(("policies", name, *warning.path), warning.text)
+        for name, findings in _policy_findings(config)
+        for warning in findings.warnings
     ]
     return found

@@ -98,7 +98,7 @@ class Exchange:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error_object(error, request_id=self.id if error.status >= 500 else None)
         if isinstance(error.__cause__, NoCandidate):
-            body["ratings"] = error.__cause__.ratings
+            body |= {"ratings": error.__cause__.ratings, "constraints": error.__cause__.constraints}
         await self.reply(error.status, body, headers)
 
 

@@ -12,6 +12,7 @@ from signalbox.experts.catalog import matches
 from signalbox.policies.base import Candidate, Decision, NoCandidate, Parallel, Policy, Rating, RequestShape
 from signalbox.policies.charges import Account
 from signalbox.policies.decide import decide, rate, slack_ms
+from signalbox.policies.explain import explain
 from signalbox.policies.explore import explore
 from signalbox.policies.flags import objective_of_flags, objective_of_tradeoff
 from signalbox.policies.intents import IntentCache, apply_intent
@@ -235,6 +236,7 @@ class Planner:
                 policy, decide_with, samples_wanted(policy.parallel, call, options.samples)
             )
         except NoCandidate as error:
+            error.constraints = explain(error, policy, candidates)
             raise _no_candidate(error, ruling.name) from error
         explored, propensity = False, 1.0
         if asking and policy.explore.share > 0 and scores.basis is not None:

@@ -264,7 +264,7 @@ def test_odd_but_usable_is_a_warning(tmp_path: Path) -> None:
     load_config(file, environment={}, on_warning=warnings.append)
     assert warnings == [
         f"{file}:1: routers: no router is declared: `auto` goes by price and latency alone",
-        f"{file}:4: policies.gold.allowed: 'gpt-*' fits none of the experts",
+        f"{file}:4: policies.gold.allowed: 'gpt-*' fits none of the experts; known: remote",
     ]
 
 
