@@ -22,6 +22,7 @@ from signalbox.experts.base import (
     QueueFull,
     SamplingParams,
 )
+from signalbox.experts.catalog import SimulatedExpert
 from signalbox.policies.latency import Latency, Load, predict
 from signalbox.serving import expert_deployment, live_state
 from signalbox.serving.expert_deployment import ExpertClient, ExpertDeployment
@@ -193,6 +194,32 @@ async def started(name: str, model: Path, valkey: str) -> ExpertDeployment:
             return replica
         await asyncio.sleep(0.05)
     raise AssertionError(await replica.state())
+
+
+async def test_a_simulated_expert_serves_and_is_learnt_like_any_other(valkey: str) -> None:
+    stated = {"engine": "simulated", "prefill_tokens_per_s": 1000, "step_ms": 20, "step_ms_per_request": 5}
+    replica = ExpertDeployment("stated", SimulatedExpert.model_validate(stated | {"max_running": 4}), valkey)
+    try:
+        while not (await replica.state()).ready:
+            await asyncio.sleep(0.01)
+
+        async def one(i: int) -> None:
+            prompt = "x" * (40 if i // 4 % 2 else 400)
+            sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+            async for item in replica.generate(GenerateRequest(f"s{i}", prompt=prompt, sampling=sampling)):
+                assert not isinstance(item, ExpertError), item
+
+        for i in range(24):  # one, two or three at once, all short or all long
+            await asyncio.gather(*(one(4 * i + j) for j in range(1 + i % 3)))
+        replica.check_health()
+        learnt = (await replica.state()).latency
+    finally:
+        await replica.close()
+    assert learnt is not None and learnt.max_running == 4
+    short, long = (predict(learnt, Latency(500, 50), Load(), tokens, 10) for tokens in (10, 100))
+    assert long.ttft_ms - short.ttft_ms > 45, "90 tokens more, at a thousand a second"
+    crowd = predict(learnt, Latency(500, 50), Load(running=2), 10, 10)
+    assert 15 < short.tpot_ms < crowd.tpot_ms < 100
 
 
 @pytest.fixture
