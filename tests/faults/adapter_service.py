@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,84 +18,34 @@ import psutil
 
 from signalbox.adapters.base import Phase
 from tests.adapters.folders import make_lora
+from tests.faults.running_service import RunningService
 from tests.tiny_models import save_tiny
 
-START_LIMIT_S = 180
 # Thirty seconds is what we promise, and took 5 to 16 s where it was measured; a machine that runs tests may be busy.
 RECONCILED_S = 90.0
 PROBER = Path(__file__).with_name("prober.py")
 SAID: dict[str, Phase] = {"loading": "staged", "ready": "ready", "unloading": "draining"}
 
 
-class AdapterService:
+class AdapterService(RunningService):
     """`signalbox serve` with the expert `tiny`, two replicas of four slots; adapters lie below `root`."""
 
     def __init__(self, root: Path, *, max_adapters: int = 4) -> None:
-        self.root = root
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         self.model = save_tiny(root / "model")
-        config = root / "service.yaml"
-        config.write_text(
-            f"server: {{port: {port}}}\nexperts:\n  tiny: {{engine: transformers, model: {self.model}, replicas: 2, "
+        super().__init__(
+            root,
+            f"experts:\n  tiny: {{engine: transformers, model: {self.model}, replicas: 2, "
             f"threads: 1, device: cpu, dtype: float32, kv_cache_mib: 64, max_adapters: {max_adapters}}}\n"
-            f"adapter_files: {{roots: [{root}]}}\n"
+            f"adapter_files: {{roots: [{root}]}}\n",
         )
-        self.log = root / "service.log"
-        self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("signalbox")), "serve", str(config)],
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(root / "cache")},
-        )
-        deadline = time.monotonic() + START_LIMIT_S
-        while f"Signalbox is ready at {self.url}" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def stop(self) -> None:
-        self.client.close()
-        for process in self.pids("valkey-server"):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def tail(self) -> str:
-        """The end of its log."""
-        return self.log.read_text()[-6000:]
-
-    # -- processes ---------------------------------------------------------------------------------------------
-
-    def pids(self, part: str) -> list[psutil.Process]:
-        """The service's processes whose command line has this part."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if part in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def replicas(self) -> list[psutil.Process]:
-        return self.pids("ray::ServeReplica:signalbox:expert-tiny")
 
     def registry(self, within_s: float = RECONCILED_S) -> psutil.Process:
         """The registry's process; one that was killed gets a successor by and by."""
         deadline = time.monotonic() + within_s
-        while not (found := self.pids("ray::ServeReplica:signalbox:adapter-registry")):
+        while not (found := self.replicas("adapter-registry")):
             assert time.monotonic() < deadline, f"there is no registry\n{self.tail()}"
             time.sleep(0.1)
         return found[0]
-
-    def valkey(self) -> psutil.Process:
-        return self.pids("valkey-server")[0]
 
     # -- adapters ----------------------------------------------------------------------------------------------
 

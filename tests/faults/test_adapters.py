@@ -22,7 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterService
 
 def test_a_replica_is_killed_during_a_load(service: AdapterService) -> None:
     with Truth(service) as truth:
-        victim, other = service.replicas()
+        victim, other = service.replicas("expert-tiny")
         for seed in (1, 2, 3):
             reply = service.add(f"bank{seed}", seed)
             assert reply.status_code == 202 and reply.json()["phase"] == "staged", reply.text
