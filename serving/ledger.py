@@ -39,6 +39,7 @@ SILENCE_S = 5.0  # after which a gateway counts as dead
 NOTE_S = 0.1  # between two notes of what has been sent
 NOTES_AT_ONCE = 256
 SWEEP_AT_ONCE = 128  # reservations, or books, in one script: nothing else runs in the store meanwhile
+LOSS_S = 2.0  # how long the store must be out of reach before requests go uncounted
 POLL_S = (0.05, 0.25)  # pauses of a request that waits for others' reservations, first and longest
 MAX_WAITING = 256  # such requests in one gateway
 MAX_UNSETTLED = 10_000  # charges that wait for the store's return, in one gateway
@@ -138,8 +139,9 @@ class Ledger:
 
         Where it does not fit only because of what others hold, it waits up to `wait_s` seconds for them to come out
         cheaper. A request of more tokens than a rate's burst passes when nothing is owed, and those after it wait.
-        Accounts without limits cost nothing. While the store is lost, an account of `on_store_loss: deny` refuses;
-        otherwise the request goes uncounted, and is charged at its end if the store is back by then, or later.
+        Accounts without limits cost nothing. While the store is lost (two seconds after it was last reached), an
+        account of `on_store_loss: deny` refuses; otherwise the request goes uncounted, and is charged at its end if
+        the store is back by then, or later.
 
         Raises `BudgetSpent` (402), `RateLimited` or `TooManyInFlight` (429, with `retry_after_s`), or `LedgerLost`
         (503).
@@ -163,13 +165,19 @@ class Ledger:
     async def _reserve(self, id: str, accounts: Sequence[Account], most: Charge, wait_s: float) -> bool:
         clock = asyncio.get_running_loop().time
         deadline, pause = clock() + wait_s, POLL_S[0]
+        failing_since: float | None = None
         while True:
             try:
                 obstacle = await self._take(id, accounts, most)
             except StoreUnavailable as error:
-                self._go_on_without(accounts, error)
-                return False
-            self._lost = False
+                failing_since = failing_since or clock()
+                if self._lost or clock() - failing_since >= LOSS_S:
+                    self._go_on_without(accounts, error)
+                    return False
+                # A moment without a free connection must not let one request too many through.
+                await asyncio.sleep(POLL_S[1])
+                continue
+            self._lost, failing_since = False, None
             if obstacle is None:
                 return True
             left = deadline - clock()
@@ -196,6 +204,9 @@ class Ledger:
         return None if verdict[0] == "ok" else verdict
 
     def _go_on_without(self, accounts: Sequence[Account], error: StoreUnavailable) -> None:
+        if not self._lost:
+            self._lost = True
+            log.warning("limits are not enforced where `on_store_loss` is `allow`: %s", error)
         for account in accounts:
             if account.limits.on_store_loss == "deny":
                 raise LedgerLost(
@@ -203,9 +214,6 @@ class Ledger:
                     retry_after_s=1.0,
                 ) from error
         self.uncounted += 1
-        if not self._lost:
-            self._lost = True
-            log.warning("limits are not enforced where `on_store_loss` is `allow`: %s", error)
 
     # -- settling ----------------------------------------------------------------------------------------------
 

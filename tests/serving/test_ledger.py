@@ -517,6 +517,22 @@ async def test_a_store_that_stands_still_neither_loses_nor_doubles_a_charge() ->
     valkey.stop()
 
 
+async def test_a_moment_without_the_store_lets_nothing_through_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "LOSS_S", 60.0)
+    port = free_port()
+    store = Store(f"redis://127.0.0.1:{port}/0", retry_after_s=0.05)
+    ledger = Ledger(store)
+    gold, deny = account(budget={"requests": 1}), account(budget={"requests": 1}, on_store_loss="deny")
+    waiting = [asyncio.create_task(ledger.reserve([policy], Charge(), "x", wait_s=0)) for policy in (gold, gold, deny)]
+    await asyncio.sleep(0.3)
+    assert not any(task.done() for task in waiting) and not store.available
+    with EmbeddedValkey(port=port):
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert sum(isinstance(one, Reservation) and one.booked for one in found) == 2 and ledger.uncounted == 0
+        assert sum(isinstance(one, BudgetSpent) for one in found) == 1
+        await store.close()
+
+
 async def test_charges_that_wait_for_the_store_are_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
