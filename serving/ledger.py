@@ -8,6 +8,7 @@ what it had noted as sent. Rates are GCRA, the generic cell rate algorithm (ITU-
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -124,11 +125,9 @@ class Ledger:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._finishing, return_exceptions=True)
         self._tasks = []
-        try:
+        with contextlib.suppress(StoreUnavailable):
             await self._publish_notes()
             await self._settle_late()
-        except StoreUnavailable:
-            pass
 
     # -- reserving ---------------------------------------------------------------------------------------------
 
@@ -225,14 +224,8 @@ class Ledger:
         await asyncio.shield(self._in_background(self._settle_soon(reservation.id)))
 
     async def _settle_soon(self, id: str) -> None:
-        try:
+        with contextlib.suppress(StoreUnavailable):  # it is tried again with the next sign of life
             await self._settle_one(id)
-        except StoreUnavailable:
-            pass  # it is tried again with the next sign of life
-        except Exception:
-            log.exception("reservation %s cannot be settled", id)
-            self.forgotten += 1
-            self._ours.discard(id)
 
     async def _settle_one(self, id: str) -> None:
         """Raises `StoreUnavailable`, and then it stays unsettled."""
@@ -249,6 +242,9 @@ class Ledger:
         except (StoreUnavailable, asyncio.CancelledError):
             self._unsettled[id] = found
             raise
+        except Exception:
+            log.exception("the store's answer to settling reservation %s makes no sense", id)
+            self.forgotten += 1
         self._ours.discard(id)
 
     async def _charge(self, id: str, actual: Charge) -> None:

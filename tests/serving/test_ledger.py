@@ -548,6 +548,18 @@ async def test_charges_that_wait_for_the_store_are_bounded(
     await store.close()
 
 
+async def test_books_that_make_no_sense_end_no_request(
+    url: str, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    gold = account(budget={"tokens": 100})
+    reservation = await ledger.reserve([gold], Charge(0, 1), "x")
+    with redis.Redis.from_url(url) as direct:
+        direct.set(f"{PREFIX}ledger:held:{ledger.owner}", "someone else's")
+        await reservation.settle(Charge(0, 1))
+        direct.delete(f"{PREFIX}ledger:held:{ledger.owner}")
+    assert ledger.forgotten == 1 and not ledger._ours and "makes no sense" in caplog.text
+
+
 # -- the books themselves --------------------------------------------------------------------------------------
 
 
