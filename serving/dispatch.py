@@ -15,14 +15,12 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from signalbox.experts.base import (
     AdapterNotLoaded,
-    Chunk,
     ExpertError,
     ExpertUnavailable,
     GenerateRequest,
@@ -30,7 +28,6 @@ from signalbox.experts.base import (
     SamplingParams,
     Usage,
 )
-from signalbox.policies.attainment import Outcome
 from signalbox.policies.charges import Charge
 from signalbox.serving.admission import Admission, Shed
 from signalbox.serving.cache import CachedAnswer, ResponseCache
@@ -47,6 +44,7 @@ from signalbox.serving.pool import Pool, Target, hash_of
 from signalbox.serving.protocols.openai import Call
 from signalbox.serving.protocols.openai_replies import AnswerBuilder
 from signalbox.serving.routing import Basis, Routing
+from signalbox.serving.run import Asked, Keep, Run
 from signalbox.serving.store import Store, StoreUnavailable
 from signalbox.serving.streams import Batch, close, merged, resume, single
 
@@ -59,97 +57,6 @@ REPLICA_PAUSE_S = 0.05
 RESERVE_WAIT_S = 10.0  # for the reservations of others to come out cheaper, near the end of a budget
 UNBOUNDED_ANSWER = 8192  # tokens reserved for an answer that nothing bounds
 JUDGE_TOKENS = 16
-
-CacheVerdict = Literal["hit", "miss", "bypass"]
-
-
-@dataclass(slots=True)
-class Asked:
-    """Which expert answers (an adapter's version is settled when it is asked), and when tokens came.
-
-    Times are of `time.perf_counter`, in seconds.
-    """
-
-    target: Target | None = None
-    first_at: float | None = None
-    last_at: float | None = None
-
-    def note(self, chunks: list[Chunk]) -> None:
-        """Some chunks came now."""
-        if any(chunk.text or chunk.token_ids for chunk in chunks):
-            self.last_at = time.perf_counter()
-            self.first_at = self.first_at or self.last_at
-
-
-@dataclass(slots=True)
-class Run:
-    """One request being answered: iterate for batches of chunks, then `settle`; close it whatever happens.
-
-    `builder` has gathered all that came through. Times are of `time.perf_counter`, in seconds.
-    """
-
-    plan: Plan
-    expert: str
-    cache: CacheVerdict
-    attempts: int
-    began: float
-    hop: float
-    batches: AsyncIterator[Batch]
-    builder: AnswerBuilder
-    keep: _Keep | None = None
-    asked: Asked | None = None
-    source: AsyncIterator[Batch] | None = None
-    seat: Seat | None = None
-    waited_s: float = 0.0
-
-    async def __aiter__(self) -> AsyncIterator[Batch]:
-        keep = self.keep
-        async for index, chunks in self.batches:
-            self.builder.add(index, chunks)
-            if self.seat is not None and self.plan.call.stream:
-                self.seat.note(chunks)
-            if keep is not None:
-                keep.choices[index].extend(chunks)
-            yield index, chunks
-
-    def timing(self) -> Outcome | None:
-        """How fast it was, for the policy's ceilings; None of what came from the cache, or did not come to its end."""
-        if self.asked is None or self.asked.first_at is None or self.asked.last_at is None or not self.builder.complete:
-            return None
-        further = max(1, self.builder.usage().completion_tokens - 1)
-        return Outcome(
-            policy=self.plan.policy,
-            at=0.0,
-            status="answered",
-            expert=self.expert,
-            ttft_ms=1000 * (self.asked.first_at - self.began),
-            tpot_ms=1000 * (self.asked.last_at - self.asked.first_at) / further,
-            total_ms=1000 * (self.asked.last_at - self.began),
-        )
-
-    async def leave(self) -> None:
-        """Give the place at the expert back, and settle what the answer cost; the first call counts."""
-        seat, self.seat = self.seat, None
-        if seat is not None:
-            await seat.leave(self.builder.usage() if self.builder.complete else None)
-
-    async def aclose(self) -> None:
-        """Stop the expert if it still generates, and give all back."""
-        try:
-            await close(self.batches)
-            await close(self.source)  # a generator that nobody has begun to read closes nothing below it
-        finally:
-            await self.leave()
-
-
-@dataclass(slots=True)
-class _Keep:
-    """An answer on its way into the cache."""
-
-    namespace: str
-    ttl_s: float | None
-    choices: list[list[Chunk]]
-    decision_key: str | None
 
 
 class Dispatcher:
@@ -207,10 +114,10 @@ class Dispatcher:
         ruling = self.planner.rule(asked, call, options, terms)
         call = bounded(call, ruling.policy)
         cached = options.cache.mode == "exact" and call.sampling.temperature == 0 and ruling.policy.cache == "exact"
-        keep: _Keep | None = None
+        keep: Keep | None = None
         plan: Plan | None = None
         if cached:
-            keep = _Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
+            keep = Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
             if isinstance(asked, Ruling):
                 keep.decision_key = self._decision_key(call, options, terms.slo_ttft_ms, ruling)
                 plan = await self._remembered(keep.decision_key, call, ruling)
@@ -229,7 +136,7 @@ class Dispatcher:
                 plan = await self.planner.plan(call, options, terms)
         return await self._execute(plan, reply_id, began, keep, terms.caller)
 
-    async def _execute(self, plan: Plan, reply_id: str, began: float, keep: _Keep | None, caller: Caller) -> Run:
+    async def _execute(self, plan: Plan, reply_id: str, began: float, keep: Keep | None, caller: Caller) -> Run:
         call = plan.call
         hop = time.perf_counter()
         failure: ExpertError | None = None
@@ -240,7 +147,8 @@ class Dispatcher:
             batches: AsyncIterator[Batch] | None = None
             try:
                 seat = await self._seat(name, plan, id, caller, began)
-                hop += seat.slot.waited_s  # waiting for a place is not the gateway's own time
+                if attempt == 1:
+                    hop = time.perf_counter() - seat.slot.waited_s  # waiting for a place is not the gateway's own time
                 batches = self._ask(name, plan, id, asked)
                 # A stream is committed to its expert by its first batch; a whole answer only by its last.
                 held = [await anext(batches)] if call.stream else [batch async for batch in batches]
@@ -452,7 +360,7 @@ class Dispatcher:
         call, _, flags = take_flags(call)
         return Plan(call, [expert], router, ruling, confidence, flags=flags, basis=basis)
 
-    async def _remember(self, keep: _Keep, plan: Plan, expert: str) -> None:
+    async def _remember(self, keep: Keep, plan: Plan, expert: str) -> None:
         """Only the best choice by real predictions over the whole pool, which gave the answer, is worth repeating."""
         if keep.decision_key is None or plan.decision is None or plan.router != self._config.default_router:
             return
