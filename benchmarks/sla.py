@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
+import psutil
 import typer
 import yaml
 from rich.console import Console
@@ -129,6 +130,7 @@ def note_load(run: Run, system: System, factor: float, played: Played) -> None:
     for name, count in whole.experts.items():
         run.add(case, f"answered by {name}", count / max(1, whole.answered))
     run.add(case, "generator's lag p99", played.lag_p99_ms, "ms")
+    run.add(case, "cores that other programs kept busy", played.others_cores, "cores")
     run.add(case, "answers of another length than asked for", played.other_lengths)
     tiers = ", ".join(f"{n} {f.attainment:.1%}" for n, f in found.items())
     console.print(
@@ -295,9 +297,13 @@ def main(
     for log in WORK.glob("*.log"):
         log.unlink()
     missed = False
+    load_average = psutil.getloadavg()[0]
+    if load_average > 0.5:
+        console.print(f"The load average is {load_average:.1f}: other work will bear on the figures.", style="yellow")
     for name in names:
         chosen = POOLS[name]()
         run = Run(chosen, seconds or chosen.seconds)
+        run.add("machine", "load average before", psutil.getloadavg()[0])
         try:
             measure_pool(run, factors, seed)
         except Exception:

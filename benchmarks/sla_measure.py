@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import math
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import httpx
 
+from benchmarks.latency_model import OtherWork
 from benchmarks.serving_processes import percentile
 from benchmarks.sla_load import Sent, generate
 from benchmarks.sla_pools import MIX, PRIORITIES, Pool
@@ -178,11 +180,16 @@ def tiers_of(pool: Pool, capacity: Capacity) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Played:
-    """A load through a system: what became of each request, and how late the generator was, in ms."""
+    """A load through a system: what became of each request, and how late the generator was, in ms.
+
+    `other_lengths` counts answers of another length than asked for; `others_cores` is how much of the machine programs
+    that are no part of this took meanwhile.
+    """
 
     outcomes: list[Outcome]
     lag_p99_ms: float
     other_lengths: int
+    others_cores: float
 
 
 async def play(pool: Pool, port: int, system: System, load: Sequence[Arrival], grace_s: float) -> Played:
@@ -192,13 +199,22 @@ async def play(pool: Pool, port: int, system: System, load: Sequence[Arrival], g
     for i, a in enumerate(load):
         model = {"signalbox": f"auto:{a.policy}", "first come": "auto:plain", "round robin": names[i % len(names)]}
         requests.append((a.at, str(i), pool.body(model[system], a.prompt or "", a.max_tokens or 1)))
+    others, exited_s, since = OtherWork(), _exited_s(), time.monotonic()
     sent = await generate({"port": port, "path": PATH, "requests": requests, "grace": grace_s})
+    generator = (_exited_s() - exited_s) / (time.monotonic() - since)
+    others_cores = max(0.0, others.cores() - generator)
     prices = {name: Price(**expert.get("price", {})) for name, expert in pool.experts.items()}
     outcomes = [_outcome(load[int(s.label)], s, prices) for s in sent]
     lags = [s.sent - s.due for s in sent if s.sent]
-    others = sum(_whole(s) and s.completion_tokens != load[int(s.label)].max_tokens for s in sent)
+    wrong = sum(_whole(s) and s.completion_tokens != load[int(s.label)].max_tokens for s in sent)
     await idle(port)
-    return Played(outcomes, _percentile_ms(lags, 0.99), others)
+    return Played(outcomes, _percentile_ms(lags, 0.99), wrong, others_cores)
+
+
+def _exited_s() -> float:
+    """Processor seconds of child processes that have ended: the load generators'."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _outcome(arrival: Arrival, sent: Sent, prices: Mapping[str, Price]) -> Outcome:
