@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import random
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -90,14 +91,15 @@ class Reservation:
 
 
 class Ledger:
-    """The books, as one gateway sees them. `owner` names the gateway; a suffix makes it unique to this object.
+    """The books, as one gateway sees them. `owner` names the gateway, by default by its process; a
+    suffix makes it unique to this object.
 
     `uncounted` is the number of requests that were served while the store was lost (`on_store_loss: allow`),
     `forgotten` that of charges that were given up because too many waited for the store.
     """
 
     def __init__(self, store: Store, *, owner: str | None = None) -> None:
-        self.owner = f"{owner or 'gateway'}-{uuid.uuid4().hex[:12]}"
+        self.owner = f"{owner or f'gateway-{os.getpid()}'}-{uuid.uuid4().hex[:12]}"
         self.uncounted = 0
         self.forgotten = 0
         self._store = store

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import redis
 
 START_LIMIT_S = 180
 
@@ -83,3 +84,8 @@ class RunningService:
 
     def valkey(self) -> psutil.Process:
         return self.pids("valkey-server")[0]
+
+    def store(self) -> redis.Redis:
+        """A connection to its embedded Valkey, to close after use."""
+        sockets = [c.laddr for c in self.valkey().net_connections("unix") if str(c.laddr).endswith("valkey.sock")]
+        return redis.Redis(unix_socket_path=str(sockets[0]))

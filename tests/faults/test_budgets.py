@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import orjson
+import psutil
 import pytest
 
+from signalbox.serving.store import PREFIX
 from tests.faults.running_service import RunningService
 from tests.tiny_models import save_tiny
 
@@ -60,7 +62,6 @@ class Tally:
 
     complete: int = 0
     cut: int = 0  # streams that had begun and were broken off
-    streaming: int = 0  # streams of which something has come, at this moment
     tokens: int = 0  # of complete answers, by their usage
     other: dict[str, int] = field(default_factory=dict)  # refusals and failures
     most_on_the_books: int = 0
@@ -108,16 +109,12 @@ async def ask(client: httpx.AsyncClient, key: str, model: str, stream: bool, tal
         begun, usage = False, None
         try:
             async for event in events(reply):
-                if not begun:
-                    begun = True
-                    tally.streaming += 1
+                begun = True
                 usage = event.get("usage") or usage
         except (EOFError, httpx.HTTPError):
             tally.cut += begun
             tally.count("cut")
             return
-        finally:
-            tally.streaming -= begun
         assert usage is not None
         tally.complete += 1
         tally.tokens += usage["total_tokens"]
@@ -195,6 +192,14 @@ async def storm(
     return tally
 
 
+def streaming_gateway(service: RunningService, streams: int) -> psutil.Process | None:
+    """The gateway that has noted the most streams as begun, where these are so many at least."""
+    with service.store() as store:
+        keys = [key.decode() for key in store.scan_iter(f"{PREFIX}ledger:sent:*")]
+        count, pid = max(((store.hlen(key), int(key.split("-")[1])) for key in keys), default=(0, 0))
+    return next((p for p in service.replicas("gateway") if p.pid == pid), None) if count >= streams else None
+
+
 async def until_gateways(service: RunningService, count: int = 2) -> None:
     deadline = time.monotonic() + LIMIT_S
     while len(service.replicas("gateway")) < count or len(service.replicas("expert-tiny")) < 2:
@@ -238,10 +243,10 @@ async def test_n_requests_are_charged_while_a_gateway_is_killed(service: Running
     await until_gateways(service)
 
     def hurt(tally: Tally) -> bool:
-        if tally.complete < 4 or tally.streaming < 6:
-            return False
-        service.replicas("gateway")[0].kill()
-        return True
+        victim = streaming_gateway(service, 3) if tally.complete >= 4 else None
+        if victim is not None:
+            victim.kill()
+        return victim is not None
 
     tally = await storm(service, "gateway", "paced", hurt)
     assert tally.cut, tally
@@ -286,7 +291,9 @@ async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> 
         while max(received[key] for key in METERS[2:]) == newest:
             await asyncio.sleep(0.01)
         await asyncio.sleep(SECONDS_A_TOKEN / 2)  # between two tokens, when what was sent has been noted
-        service.replicas("gateway")[0].kill()
+        victim = streaming_gateway(service, 1)
+        assert victim is not None
+        victim.kill()
         await asyncio.wait(tasks)
         for task in tasks:
             task.result()
