@@ -1,8 +1,8 @@
 """A load replayed against policies without engines: discrete events in virtual time.
 
 The parts that decide are the service's own (`decide`, `AdmissionQueue`), and the engines are `SimulatedBatch`, which
-`engine: simulated` runs in real time. What is left out: the network, gateways that see the others' load a quarter of a
-second late, budgets and rates, caches, failures, and answers drawn in parallel.
+`engine: simulated` runs in real time. What is left out: the network, what one gateway does not know of
+another, budgets and rates, caches, failures, and answers drawn in parallel.
 
 Three systems, for comparison:
 
@@ -32,6 +32,7 @@ System = Literal["signalbox", "fcfs", "round_robin"]
 
 ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens, as in the service
 GATEWAY, TENANT = "simulation", "anonymous"
+LOOK_S = 0.25  # as `serving/live_state.py` and `serving/admission.py`
 NEWEST = 0.05  # weight of the newest request in the mean time that requests spend in their places
 
 
@@ -80,6 +81,7 @@ def simulate(
     max_queued: int = 128,
     max_wait_s: float = 60.0,
     grace_s: float = math.inf,
+    look_s: float = LOOK_S,
     spread: float = 1.0,
     seconds: float | None = None,
     seed: int = 0,
@@ -95,6 +97,7 @@ def simulate(
         max_queued: requests of one priority that wait for one expert, in `signalbox`.
         max_wait_s: how long a request waits at most where its policy promises no time, seconds.
         grace_s: seconds after the last arrival at which what still runs counts as unfinished; default: never.
+        look_s: how often a gateway looks at the experts' load and queues, seconds; 0: at each request.
         spread: the router's typical quality gap.
         seconds: for how long the load was offered; default: until its last arrival.
         seed: of the engines' jitter and of drawn qualities.
@@ -108,7 +111,7 @@ def simulate(
         raise ValueError("the pool has no expert")
     if len({server.name for server in pool}) < len(pool):
         raise ValueError("two experts have one name")
-    run = _Run(system, pool, dict(policies) | dict(deciding or {}), policies, max_wait_s, spread, seed)
+    run = _Run(system, pool, dict(policies) | dict(deciding or {}), max_wait_s, look_s, spread, seed)
     outcomes = run.play(load, grace_s)
     length = seconds if seconds is not None else (load[-1].at if load else 0.0)
     return Simulated(system, length, outcomes)
@@ -133,6 +136,17 @@ class _Request:
         return self.order[0]
 
 
+@dataclass(slots=True)
+class _View:
+    """What a gateway knows of an expert's load since it last looked; `waits` are forecasts by priority, ms."""
+
+    at: float
+    running: int
+    waiting: int
+    prompt_tokens: int
+    waits: dict[int, float] = field(default_factory=dict)
+
+
 class _Server:
     """One expert: its engines, and the queue in front of them."""
 
@@ -144,6 +158,7 @@ class _Server:
         ]
         self.queue = AdmissionQueue(expert.max_running * expert.replicas, max_queued)
         self._service_s: float | None = None
+        self._view: _View | None = None
 
     def prompt_tokens(self, arrival: Arrival) -> int:
         return max(1, math.ceil(arrival.size / self.expert.bytes_per_token))
@@ -161,16 +176,30 @@ class _Server:
         old = self._service_s
         self._service_s = seconds if old is None else (1 - NEWEST) * old + NEWEST * seconds
 
-    def latency_ms(self, prompt_tokens: int) -> tuple[float, float]:
+    def look(self, now: float, look_s: float) -> _View:
+        """The expert as a gateway sees it, which looks this often."""
+        if self._view is None or now - self._view.at >= look_s:
+            batch = self.batches[self.least_loaded()]
+            self._view = _View(now, batch.running, batch.waiting, batch.prompt_tokens_waiting)
+        return self._view
+
+    def wait_ms(self, view: _View, priority: int, max_wait_s: float, now: float) -> float:
+        """Predicted wait in the queue of admission, for any request of this priority."""
+        if priority not in view.waits:
+            ticket = Ticket("forecast/", TENANT, 1.0, priority, now, now + max_wait_s, 1.0)
+            view.waits[priority] = 1000 * self.queue.forecast(ticket, now)
+        return view.waits[priority]
+
+    def latency_ms(self, view: _View, prompt_tokens: int) -> tuple[float, float]:
         """Predicted time to first token and per further token of a request that is given to the engine now."""
-        batch, expert = self.batches[self.least_loaded()], self.expert
-        together = min(batch.running + 1, expert.max_running)
-        step_s = expert.speed.step_s(together)
+        expert = self.expert
+        step_s = expert.speed.step_s(min(view.running + 1, expert.max_running))
         # The step under way is half over when a request comes, on average; then its prompt is read after the others'.
-        steps = 1.5 if batch.running else 1.0
-        first_s = steps * step_s + (batch.prompt_tokens_waiting + prompt_tokens) / expert.speed.prefill_tokens_per_s
-        if batch.running >= expert.max_running and self._service_s is not None:
-            first_s += (batch.waiting + 1) * self._service_s / expert.max_running
+        steps = 1.5 if view.running else 1.0
+        first_s = steps * step_s + (view.prompt_tokens + prompt_tokens) / expert.speed.prefill_tokens_per_s
+        admitted = bool(self.queue.running)  # then the wait for a place is the queue's, not the engine's
+        if view.running >= expert.max_running and self._service_s is not None and not admitted:
+            first_s += (view.waiting + 1) * self._service_s / expert.max_running
         return 1000 * first_s + expert.overhead_ms, 1000 * step_s
 
 
@@ -180,13 +209,13 @@ class _Run:
         system: System,
         pool: list[_Server],
         deciding: Mapping[str, Policy],
-        policies: Mapping[str, Policy],
         max_wait_s: float,
+        look_s: float,
         spread: float,
         seed: int,
     ) -> None:
         self._system, self._pool, self._spread, self._seed = system, pool, spread, seed
-        self._deciding, self._policies, self._max_wait_s = deciding, policies, max_wait_s
+        self._deciding, self._max_wait_s, self._look_s = deciding, max_wait_s, look_s
         self._servers = {server.name: server for server in pool}
         self._requests: dict[str, _Request] = {}  # those under way
         self._outcomes: dict[int, Outcome] = {}
@@ -258,11 +287,10 @@ class _Run:
 
     def _candidate(self, arrival: Arrival, server: _Server, policy: Policy) -> Candidate:
         expert, wait_ms = server.expert, 0.0
-        ttft_ms, tpot_ms = server.latency_ms(server.prompt_tokens(arrival))
+        view = server.look(arrival.at, self._look_s)
+        ttft_ms, tpot_ms = server.latency_ms(view, server.prompt_tokens(arrival))
         if self._system == "signalbox":
-            now = arrival.at
-            ticket = Ticket("forecast/", TENANT, 1.0, policy.priority, now, now + self._max_wait_s, 1.0)
-            wait_ms = 1000 * server.queue.forecast(ticket, now)
+            wait_ms = server.wait_ms(view, policy.priority, self._max_wait_s, arrival.at)
         return Candidate(
             name=server.name,
             price_input=expert.price.input,

@@ -124,6 +124,16 @@ def test_round_robin_takes_the_experts_in_turn() -> None:
     assert set(chosen[::2]) == {"a"} and set(chosen[1::2]) == {"b"}
 
 
+@pytest.mark.parametrize(("look_s", "apart"), [(0.0, True), (0.25, False)])
+def test_what_was_not_looked_at_since_is_not_known(look_s: float, apart: bool) -> None:
+    """Two come within a moment: the second one knows of the first where the load is looked at for each."""
+    experts = [ExpertModel(name, SpeedModel(1e6, 10.0, 5.0)) for name in "ab"]
+    load = [Arrival(at=0.001 * i, policy="soon", prompt_bytes=4, max_tokens=8) for i in range(2)]
+    policies = {"soon": Policy(objective=Objective(latency=1.0))}
+    first, second = simulate(load, experts, policies, system="fcfs", look_s=look_s).outcomes
+    assert (first.expert != second.expert) is apart
+
+
 def test_predicted_quality_decides_where_the_policy_asks_for_it() -> None:
     experts = [
         ExpertModel("cheap", SpeedModel(1e6, 5.0), Price(output=1.0), quality=(0.4, 0.0)),
