@@ -18,6 +18,7 @@ from signalbox.policies.base import (
     Strike,
 )
 
+MARGIN = 0.1  # of a ceiling on time, left free for what predictions are off
 # An expert struck out by one of these cannot serve the request, whatever `on_no_candidates` says.
 HARD_CONSTRAINTS = frozenset({"available", "allowed", "denied", "known_to_router", "context_length"})
 
@@ -141,13 +142,16 @@ def violation(rating: Rating) -> float:
 def slack_ms(rating: Rating, slo: Slo) -> float | None:
     """How long a request may wait for this expert and still keep the ceilings on time; None: as long as it likes.
 
-    A ceiling that the expert breaks without any waiting bounds nothing: it cannot be kept by hurrying.
+    A ceiling that the expert breaks without any waiting bounds nothing: it cannot be kept by hurrying. Of the others a
+    tenth is left free (`MARGIN`): in a full queue requests begin just at their deadlines, and then half of those whose
+    time was predicted a little short would be late.
     """
     alone = (
         (slo.max_ttft_ms, rating.ttft_ms - rating.wait_ms),
         (slo.max_total_ms, rating.total_ms - rating.wait_ms),
     )
-    return min((limit - value for limit, value in alone if limit is not None and value <= limit), default=None)
+    kept = [(limit, value) for limit, value in alone if limit is not None and value <= limit]
+    return min((max(0.0, (1 - MARGIN) * limit - value) for limit, value in kept), default=None)
 
 
 def distance(limit: float, value: float) -> float:

@@ -16,6 +16,7 @@ from signalbox.policies import (
     objective_of_tradeoff,
     parse_flags,
 )
+from signalbox.policies.decide import slack_ms
 
 SHAPE = RequestShape(prompt_bytes=400, answer_tokens=100)
 
@@ -174,6 +175,19 @@ def test_nobody_left() -> None:
     assert (least.expert, least.violated) == ("small", ["max_ttft_ms"]), "20 ms are nearer to 1 ms than 100 ms"
     with pytest.raises(NoCandidate):
         decide(QUALITY, [], SHAPE, Policy())
+
+
+def test_how_long_a_request_may_wait() -> None:
+    """The nearest ceiling counts, less a tenth; one that cannot be kept by hurrying does not."""
+    (small,) = decide(QUALITY, [SMALL], SHAPE, Policy()).ratings  # 20 ms, then 99 tokens of 2 ms: 218 ms
+    assert slack_ms(small, Slo()) is None
+    assert slack_ms(small, Slo(max_ttft_ms=100)) == pytest.approx(90 - 20)
+    assert slack_ms(small, Slo(max_ttft_ms=1000, max_total_ms=500)) == pytest.approx(450 - 218)
+    assert slack_ms(small, Slo(max_ttft_ms=21)) == 0, "it can be kept, but there is no time to lose"
+    assert slack_ms(small, Slo(max_ttft_ms=10)) is None
+    assert slack_ms(small, Slo(max_ttft_ms=10, max_total_ms=500)) == pytest.approx(450 - 218)
+    (queued,) = decide(QUALITY, [candidate("small", ttft_ms=20, tpot_ms=2, wait_ms=500.0)], SHAPE, Policy()).ratings
+    assert queued.ttft_ms == 520 and slack_ms(queued, Slo(max_ttft_ms=100)) == pytest.approx(70)
 
 
 def test_confidence_grows_with_the_gap() -> None:
