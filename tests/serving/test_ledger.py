@@ -60,10 +60,12 @@ async def ledger(url: str) -> AsyncIterator[Ledger]:
 
 @pytest.fixture
 async def clock(url: str) -> AsyncIterator[ClockedStore]:
+    """Begins and ends without books: what was done by one clock is not to be swept by another."""
     store = ClockedStore(url)
-    await store.set_clock(NOON_US)
-    yield store
-    with redis.Redis.from_url(url) as direct:  # what was done by another clock is not to be swept by the server's
+    with redis.Redis.from_url(url) as direct:
+        direct.flushall()
+        await store.set_clock(NOON_US)
+        yield store
         direct.flushall()
     await store.close()
 
