@@ -17,12 +17,13 @@ class ExpertError(Exception):
 
     `param` names the request field at fault and `code` is the machine-readable reason, both as in
     OpenAI's error object. `retryable` says that another expert may be tried instead, and `retry_after_s` when the
-    client may come again (`Retry-After`).
+    client may come again (`Retry-After`). `policy` names the policy that refused, where one did, for the metrics.
     """
 
     status = 500
     code = "expert_failed"
     retryable = True
+    policy: str | None = None
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 An expert has `capacity` places. A request that finds one free starts; the others wait, in this order:
 
 1. greater priority first;
-2. then the earlier deadline (EDF), each tenant's deadlines moved back by the service it has had beyond that of the
-   least served tenant that waits, by weight (the counters of VTC, "Fairness in Serving Large Language Models",
-   OSDI 2024): who takes more than its share waits, and one tenant alone sees pure EDF.
+2. then the tenant that has been served least, by weight (the counters of VTC, "Fairness in Serving Large Language
+   Models", OSDI 2024), so that one tenant's backlog does not stand before another's first request;
+3. of one tenant's requests, and between tenants that were served alike, the one that is due earliest (EDF).
 
 After each change the queue forecasts when each waiting request would start, by list scheduling over the predicted ends
 of those that run. One that would start after its deadline is shed at once, rather than when it is too late; since the
@@ -36,9 +36,10 @@ Reason = Literal["queue_full", "shed_deadline", "shed_priority"]
 class Ticket:
     """A request at an expert's door.
 
-    `id` begins with its gateway's id and a slash. `deadline` is the latest moment at which it may start, `service`
-    the predicted time in its place, in seconds, `places` how many it takes (one an answer; more than there are count
-    as all), `started` when it got them (0: it waits).
+    `id` begins with its gateway's id and a slash. `deadline` is the latest moment at which it may start, and `due` the
+    one that its place in the queue goes by: a caller in a hurry may be refused earlier, not served earlier.
+    `service` is the predicted time in its place, in seconds, `places` how many it takes (one an answer; more than
+    there are count as all), `started` when it got them (0: it waits).
     """
 
     id: str
@@ -47,6 +48,7 @@ class Ticket:
     priority: int
     arrived: float
     deadline: float
+    due: float
     service: float
     places: int = 1
     started: float = 0.0
@@ -91,14 +93,12 @@ class AdmissionQueue:
         if ticket.id in self.running:  # the call was repeated
             return [*events, Event(ticket.id)]
         if not any(t.id == ticket.id for t in self.waiting):
-            if sum(t.priority == ticket.priority for t in self.waiting) >= self.max_queued:
-                wait = self._forecast(ticket, now) - now
-                return [*events, Event(ticket.id, "queue_full", wait)]
             if not self.waiting and not self.running:
                 self.shares.clear()  # what was served while nobody else wanted it is nobody's debt
             least = [self.shares.get(t.tenant, 0.0) for t in (*self.waiting, *self.running.values())]
             self.shares[ticket.tenant] = max(self.shares.get(ticket.tenant, 0.0), min(least, default=0.0))
             self.waiting.append(ticket)
+            events += self._bound(ticket.priority, now)
         return events + self._advance(now)
 
     def leave(self, id: str, now: float, *, completed: bool) -> list[Event]:
@@ -161,6 +161,16 @@ class AdmissionQueue:
             events += self._shed(order, now)
         return events
 
+    def _bound(self, priority: int, now: float) -> list[Event]:
+        """Where too many of a priority wait, refuse the last of them: of the tenant that asks for most."""
+        free = self.capacity - sum(t.places for t in self.running.values())
+        equals = [t for t in self.waiting if t.priority == priority]
+        if len(equals) <= self.max_queued or free > 0:  # with a place free nobody stays waiting but for many places
+            return []
+        last = self._ordered(equals)[-1]
+        self.waiting.remove(last)
+        return [Event(last.id, "queue_full", self._forecast(last, now) - now)]
+
     def _count(self, ticket: Ticket) -> None:
         self.shares[ticket.tenant] = (
             self.shares.get(ticket.tenant, 0.0) + ticket.service * ticket.places / ticket.weight
@@ -170,20 +180,25 @@ class AdmissionQueue:
             self.shares = {tenant: share for tenant, share in self.shares.items() if tenant in present}
 
     def _ordered(self, tickets: Iterable[Ticket]) -> list[Ticket]:
-        """The waiting ones, who starts first first."""
-        tickets = list(tickets)
-        if not tickets:
-            return []
-        served = {t.tenant: self.shares.get(t.tenant, 0.0) for t in tickets}
-        least = min(served.values())
-        weights: dict[str, float] = {}
-        for t in tickets:
-            weights[t.tenant] = t.weight
-        # A second of service by weight is this much time on all places: deadlines and shares in one unit.
-        unit = sum(weights[name] for name in sorted(weights)) / max(1, self.capacity) if len(weights) > 1 else 0.0
-        return sorted(
-            tickets, key=lambda t: (-t.priority, t.deadline + (served[t.tenant] - least) * unit, t.arrived, t.id)
-        )
+        """The waiting ones, who starts first first. What each will have been served counts for those behind it."""
+        order: list[Ticket] = []
+        served = dict(self.shares)
+        by_due = sorted(tickets, key=lambda t: (-t.priority, *_standing(t)), reverse=True)
+        while by_due:
+            queues: dict[str, list[Ticket]] = {}
+            priority = by_due[-1].priority
+            equals = [t for t in by_due if t.priority == priority]
+            del by_due[-len(equals) :]
+            for ticket in equals:
+                queues.setdefault(ticket.tenant, []).append(ticket)
+            while queues:
+                tenant = min(queues, key=lambda name: (served.get(name, 0.0), *_standing(queues[name][-1])))
+                ticket = queues[tenant].pop()
+                served[tenant] = served.get(tenant, 0.0) + _cost(ticket)
+                order.append(ticket)
+                if not queues[tenant]:
+                    del queues[tenant]
+        return order
 
     def _ends(self, now: float) -> list[float]:
         """A heap of when each place is free, by prediction; the first are those that are free now."""
@@ -227,3 +242,13 @@ class AdmissionQueue:
             reason: Reason = "shed_priority" if order[0].priority > ticket.priority else "shed_deadline"
             events.append(Event(ticket.id, reason, start - ticket.deadline))
         return events
+
+
+def _cost(ticket: Ticket) -> float:
+    """What a ticket adds to its tenant's service, by weight."""
+    return ticket.service * ticket.places / ticket.weight
+
+
+def _standing(ticket: Ticket) -> tuple[float, float, str]:
+    """Who of two requests of tenants that were served alike goes first: the lesser."""
+    return ticket.due, ticket.arrived, ticket.id

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from signalbox.experts.catalog import Strict
 
+# What the books can hold exactly: whole nano-USD and whole numbers, in the 53 bits of Lua's numbers.
+MOST_USD, MOST_COUNT = 9e6, 2**53
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)", re.IGNORECASE)
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -22,6 +24,11 @@ def _seconds(value: Any) -> Any:
     if match is None:
         raise ValueError("a time is a number of seconds, or a number with ms, s, m, h, d or w: 30s, 15m, 1h, 1d")
     return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
@@ -75,9 +82,11 @@ class Budget(Strict):
     Windows are fixed: they begin at multiples of their length since 1970, so a day's begins at midnight UTC.
     """
 
-    usd: float | None = Field(None, ge=0, description="USD, by the experts' prices")
-    tokens: int | None = Field(None, ge=0, description="tokens of prompts and answers")
-    requests: int | None = Field(None, ge=0, description="requests that were answered, in whole or in part")
+    usd: float | None = Field(None, ge=0, le=MOST_USD, description="USD, by the experts' prices")
+    tokens: int | None = Field(None, ge=0, le=MOST_COUNT, description="tokens of prompts and answers")
+    requests: int | None = Field(
+        None, ge=0, le=MOST_COUNT, description="requests that were answered, in whole or in part"
+    )
     window: Seconds = Field(86400.0, ge=1, le=366 * 86400, description="length of a window: seconds, or 1h, 1d, 30d")
 
     @model_validator(mode="after")
@@ -90,8 +99,10 @@ class Budget(Strict):
 class Rate(Strict):
     """How fast one key or tenant may ask; at least one of the two. Beyond it: 429 with `Retry-After`."""
 
-    requests_per_minute: float | None = Field(None, gt=0, description="requests a minute")
-    tokens_per_minute: float | None = Field(None, gt=0, description="tokens of prompts and answers a minute")
+    requests_per_minute: float | None = Field(None, ge=1e-3, le=1e9, description="requests a minute")
+    tokens_per_minute: float | None = Field(
+        None, ge=1e-3, le=1e12, description="tokens of prompts and answers a minute"
+    )
     burst: Seconds = Field(60.0, gt=0, le=3600, description="what was not used in this time may be used at once")
 
     @model_validator(mode="after")
@@ -148,7 +159,9 @@ class Policy(Strict):
     allowed: tuple[str, ...] = Field(("*",), description="globs of experts that may be chosen")
     denied: tuple[str, ...] = Field((), description="globs of experts that may not")
     fallback: int = Field(1, ge=0, le=16, description="how many other experts to try when the chosen one fails")
-    cache: Literal["off", "exact"] = Field("exact", description="response cache for requests with temperature 0")
+    cache: Annotated[Literal["off", "exact"], BeforeValidator(_word)] = Field(
+        "exact", description="response cache for requests with temperature 0"
+    )
     on_no_candidates: Literal["least_violated", "cheapest", "best", "fail"] = Field(
         "least_violated", description="whom to take when every expert is struck out by a ceiling; the reply is marked"
     )

@@ -186,7 +186,7 @@ class _Server:
     def wait_ms(self, view: _View, priority: int, max_wait_s: float, now: float) -> float:
         """Predicted wait in the queue of admission, for any request of this priority."""
         if priority not in view.waits:
-            ticket = Ticket("forecast/", TENANT, 1.0, priority, now, now + max_wait_s, 1.0)
+            ticket = Ticket("forecast/", TENANT, 1.0, priority, now, now + max_wait_s, now + max_wait_s, 1.0)
             view.waits[priority] = 1000 * self.queue.forecast(ticket, now)
         return view.waits[priority]
 
@@ -313,7 +313,7 @@ class _Run:
         if slack is not None:
             latest = min(latest, request.arrival.at + slack / 1000)
         service_s = max((rating.total_ms - rating.wait_ms) / 1000, 0.001)
-        ticket = Ticket(id, TENANT, 1.0, request.priority, now, latest, service_s)
+        ticket = Ticket(id, TENANT, 1.0, request.priority, now, latest, latest, service_s)
         self._happened(request.server.queue.arrive(ticket, now), now)
 
     def _happened(self, events: list[Event], now: float) -> None:

@@ -145,6 +145,7 @@ class Admission:
         weight: float = 1.0,
         priority: int = 0,
         slack_s: float | None = None,
+        due_s: float | None = None,
         service_s: float = 1.0,
         places: int = 1,
     ) -> Slot:
@@ -155,6 +156,7 @@ class Admission:
             tenant, weight: whose share of the service it counts to.
             priority: greater is sooner.
             slack_s: seconds from now in which it must start; None: as long as the configuration lets it wait.
+            due_s: seconds from now that its place in the queue goes by; None: `slack_s`.
             service_s: predicted seconds until its answer is complete, once it has started.
             places: answers drawn at once.
 
@@ -165,6 +167,7 @@ class Admission:
             return Slot(None, None)
         slack_s = self._config.max_wait_s if slack_s is None else min(slack_s, self._config.max_wait_s)
         slack_s = max(slack_s, LEAST_SLACK_S)
+        due_s = slack_s if due_s is None else min(due_s, self._config.max_wait_s)
         now = time.monotonic()
         if len(self._held) >= MAX_HELD:
             raise _shed("queue_full", expert, 1.0)
@@ -175,6 +178,7 @@ class Admission:
             priority=priority,
             arrived=now,
             deadline=now + slack_s,
+            due=now + due_s,
             service=max(service_s, 0.001),
             places=max(1, places),
         )
@@ -202,7 +206,8 @@ class Admission:
         if view is None:
             return 0.0
         if priority not in view.waits:
-            far = Ticket("?/", "", 1.0, priority, view.now, view.now + self._config.max_wait_s, 1.0)
+            last = view.now + self._config.max_wait_s
+            far = Ticket("?/", "", 1.0, priority, view.now, last, last, 1.0)
             view.waits[priority] = 1000 * min(view.queue.forecast(far, view.now), 3600.0)
         return view.waits[priority]
 
@@ -221,8 +226,9 @@ class Admission:
 
     async def _arrive(self, held: _Held) -> None:
         ticket = held.ticket
-        slack = held.since + held.slack_s - time.monotonic()
-        arguments = (ticket.tenant, ticket.weight, ticket.priority, slack, ticket.service, ticket.places)
+        gone = time.monotonic() - held.since
+        slack, due = held.slack_s - gone, ticket.due - ticket.arrived - gone
+        arguments = (ticket.tenant, ticket.weight, ticket.priority, slack, due, ticket.service, ticket.places)
         try:
             await self._ask("arrive", held.expert, ticket.id, *arguments)
         except StoreUnavailable:

@@ -7,7 +7,8 @@ gateway's tickets are returned, those of others put into their gateways' mailbox
 from __future__ import annotations
 
 # Keys: the state, the prefix of the mailboxes. Arguments: operation, expert, capacity, max_queued, gateway, then
-#   arrive: id, tenant, weight, priority, slack (seconds from now to the deadline), service, places
+#   arrive: id, tenant, weight, priority, slack (seconds from now to the deadline), seconds until it is due, service,
+#           places
 #   leave:  id, 1 if completed
 #   sync:   ids
 # Returns {now, events, ids that run, ids that wait}; events are {id, reason or '', retry_after}, numbers as strings.
@@ -30,32 +31,46 @@ local function keep(list, wanted)
   return kept
 end
 
+local function cost(t) return t.service * t.places / t.weight end
+
+local function stands_before(s, t)
+  if s.due ~= t.due then return s.due < t.due end
+  if s.arrived ~= t.arrived then return s.arrived < t.arrived end
+  return s.id < t.id
+end
+
 local function ordered(tickets)
-  local least, total, names, weights = math.huge, 0, {}, {}
-  for _, t in ipairs(tickets) do
-    least = math.min(least, shares[t.tenant] or 0)
-    if not weights[t.tenant] then names[#names + 1] = t.tenant end
-    weights[t.tenant] = t.weight
-  end
-  local unit = 0
-  if #names > 1 then
-    table.sort(names)
-    for _, name in ipairs(names) do total = total + weights[name] end
-    unit = total / math.max(1, capacity)
-  end
-  local rows = {}
-  for i, t in ipairs(tickets) do
-    rows[i] = {t, t.deadline + ((shares[t.tenant] or 0) - least) * unit}
-  end
-  table.sort(rows, function(a, b)
-    local s, t = a[1], b[1]
+  local served, sorted, order = {}, {}, {}
+  for i, t in ipairs(tickets) do sorted[i] = t; served[t.tenant] = shares[t.tenant] or 0 end
+  table.sort(sorted, function(s, t)
     if s.priority ~= t.priority then return s.priority > t.priority end
-    if a[2] ~= b[2] then return a[2] < b[2] end
-    if s.arrived ~= t.arrived then return s.arrived < t.arrived end
-    return s.id < t.id
+    return stands_before(s, t)
   end)
-  for i, row in ipairs(rows) do rows[i] = row[1] end
-  return rows
+  local i = 1
+  while i <= #sorted do
+    local priority, queues, heads, left = sorted[i].priority, {}, {}, 0
+    while i <= #sorted and sorted[i].priority == priority do
+      local t = sorted[i]
+      if not queues[t.tenant] then queues[t.tenant] = {}; heads[t.tenant] = 1 end
+      table.insert(queues[t.tenant], t)
+      left, i = left + 1, i + 1
+    end
+    while left > 0 do
+      local best, name
+      for tenant, queue in pairs(queues) do
+        local head = queue[heads[tenant]]
+        if head and (not best or served[tenant] < served[name]
+            or (served[tenant] == served[name] and stands_before(head, best))) then
+          best, name = head, tenant
+        end
+      end
+      heads[name] = heads[name] + 1
+      served[name] = served[name] + cost(best)
+      order[#order + 1] = best
+      left = left - 1
+    end
+  end
+  return order
 end
 
 local function push(heap, value)
@@ -120,7 +135,7 @@ end
 local function remove(list, ticket) return keep(list, function(t) return t ~= ticket end) end
 
 local function count(ticket)
-  shares[ticket.tenant] = (shares[ticket.tenant] or 0) + ticket.service * ticket.places / ticket.weight
+  shares[ticket.tenant] = (shares[ticket.tenant] or 0) + cost(ticket)
   local size = 0
   for _ in pairs(shares) do size = size + 1 end
   if size > MAX_SHARES then
@@ -175,26 +190,29 @@ end
 
 if op == 'arrive' then
   local ticket = {id = ARGV[6], tenant = ARGV[7], weight = tonumber(ARGV[8]), priority = tonumber(ARGV[9]),
-    arrived = now, deadline = now + tonumber(ARGV[10]), service = tonumber(ARGV[11]), places = tonumber(ARGV[12]),
-    started = 0}
+    arrived = now, deadline = now + tonumber(ARGV[10]), due = now + tonumber(ARGV[11]), service = tonumber(ARGV[12]),
+    places = tonumber(ARGV[13]), started = 0}
   advance()
   if find(running, ticket.id) then
     event(ticket.id, '', 0)
   elseif not find(waiting, ticket.id) then
-    local equals = 0
-    for _, t in ipairs(waiting) do if t.priority == ticket.priority then equals = equals + 1 end end
-    if equals >= max_queued then
-      event(ticket.id, 'queue_full', forecast(ticket) - now)
-    else
-      if #waiting == 0 and #running == 0 then shares = {} end
-      local least = math.huge
-      for _, t in ipairs(waiting) do least = math.min(least, shares[t.tenant] or 0) end
-      for _, t in ipairs(running) do least = math.min(least, shares[t.tenant] or 0) end
-      if least == math.huge then least = 0 end
-      shares[ticket.tenant] = math.max(shares[ticket.tenant] or 0, least)
-      waiting[#waiting + 1] = ticket
-      advance()
+    if #waiting == 0 and #running == 0 then shares = {} end
+    local least = math.huge
+    for _, t in ipairs(waiting) do least = math.min(least, shares[t.tenant] or 0) end
+    for _, t in ipairs(running) do least = math.min(least, shares[t.tenant] or 0) end
+    if least == math.huge then least = 0 end
+    shares[ticket.tenant] = math.max(shares[ticket.tenant] or 0, least)
+    waiting[#waiting + 1] = ticket
+    local free, equals = capacity, {}
+    for _, t in ipairs(running) do free = free - t.places end
+    for _, t in ipairs(waiting) do if t.priority == ticket.priority then equals[#equals + 1] = t end end
+    if #equals > max_queued and free <= 0 then
+      local order = ordered(equals)
+      local last = order[#order]
+      waiting = remove(waiting, last)
+      event(last.id, 'queue_full', forecast(last) - now)
     end
+    advance()
   end
 elseif op == 'leave' then
   local ticket = find(running, ARGV[6])

@@ -34,6 +34,13 @@ class Caller:
     policies: tuple[str, ...]
     admin: bool
 
+    @property
+    def holder(self) -> str:
+        """Whose share of the service its requests count to: its tenant's, or else its key's."""
+        if self.tenant is not None:
+            return f"tenant:{self.tenant}"
+        return f"key:{self.key}" if self.key is not None else ANONYMOUS
+
 
 # Whoever asks where no key is configured, and whoever has the key of `server.api_key_env`.
 UNBOUND = Caller(None, None, 1.0, None, None, ("*",), True)

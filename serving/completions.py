@@ -60,14 +60,14 @@ class CompletionApi:
         task = asyncio.current_task()
         assert task is not None
         watcher = asyncio.create_task(watch(task))
-        outcome, run, recording = "ok", None, None
+        outcome, run, recording, refused = "ok", None, None, None
         try:
             run = await self._dispatcher.open(call, reply_id, exchange.began, _terms(exchange))
             # On record before the last byte goes out, for then its outcome may be posted; meanwhile the expert writes.
             recording = asyncio.create_task(self._outcomes.record(exchange.id, call.model, run))
             await (self._stream if call.stream else self._whole)(exchange, call, run, reply_id, recording)
         except ExpertError as error:
-            outcome = error.code
+            outcome, refused = error.code, error
             if error.param == "messages" and call.kind == "completion":
                 error.param = "prompt"  # engines see one kind of request
             raise
@@ -84,11 +84,11 @@ class CompletionApi:
                 recording.cancel()
             if run is not None:
                 await run.aclose()
-            self._count(run, outcome)
+            self._count(run, outcome, refused)
             _log_outcome(exchange, call, run, outcome)
 
-    def _count(self, run: Run | None, outcome: str) -> None:
-        policy = run.plan.policy if run is not None else "none"
+    def _count(self, run: Run | None, outcome: str, refused: ExpertError | None) -> None:
+        policy = run.plan.policy if run is not None else (refused and refused.policy) or "none"
         self._metrics.request(policy, run.expert if run is not None else "none", outcome)
         if outcome in REFUSALS:
             self._metrics.budget_refusal(policy, outcome)

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -56,6 +57,7 @@ REPLICA_WAIT_S = 5.0  # to find a replica that is ready and holds the adapter, w
 REPLICA_PAUSE_S = 0.05
 RESERVE_WAIT_S = 10.0  # for the reservations of others to come out cheaper, near the end of a budget
 UNBOUNDED_ANSWER = 8192  # tokens reserved for an answer that nothing bounds
+TEMPLATE_TOKENS = 16  # that a chat template adds, where nobody can count them
 JUDGE_TOKENS = 16
 
 
@@ -187,7 +189,9 @@ class Dispatcher:
                 seat=seat,
                 waited_s=seat.slot.waited_s,
             )
-        raise failure or ExpertUnavailable("no expert could be asked")
+        failure = failure or ExpertUnavailable("no expert could be asked")
+        failure.policy = failure.policy or plan.policy
+        raise failure
 
     async def _give_up(self, batches: AsyncIterator[Batch] | None, seat: Seat | None) -> None:
         try:
@@ -207,6 +211,7 @@ class Dispatcher:
         accounts = plan.ruling.accounts
         prompt_tokens, most = 0, Charge()
         if any(account.limited for account in accounts):
+            plan.call = self._bounded(target, plan.call)
             prompt_tokens, most = await self._most(target, plan, id)
         reservation = await self._ledger.reserve(accounts, most, id, wait_s=RESERVE_WAIT_S)
         timing = plan.timings.get(name, Timing(None, 1.0))
@@ -215,10 +220,11 @@ class Dispatcher:
         try:
             slot = await self._admission.enter(
                 target.expert,
-                tenant=caller.tenant or caller.key or "",
+                tenant=caller.holder,
                 weight=caller.weight,
                 priority=plan.priority,
                 slack_s=slack_s,
+                due_s=timing.due_s,
                 service_s=timing.service_s,
                 places=plan.call.choices * plan.samples,
             )
@@ -227,13 +233,21 @@ class Dispatcher:
             raise
         return Seat(slot, reservation, target.config.price, prompt_tokens)
 
+    def _bounded(self, target: Target, call: Call) -> Call:
+        """The request with a bound on its answer, where neither it nor the expert's context has one."""
+        if call.sampling.max_tokens is not None or self._context(target) is not None:
+            return call
+        return replace(call, sampling=replace(call.sampling, max_tokens=UNBOUNDED_ANSWER))
+
+    def _context(self, target: Target) -> int | None:
+        return self._pool.state(target).context_length or target.config.context_length
+
     async def _most(self, target: Target, plan: Plan, id: str) -> tuple[int, Charge]:
         """Prompt tokens, and the most that this attempt can cost: each answer as long as it may become."""
         call = plan.call
         requests = call.requests(id, understood=target.config.request_fields)[:: call.n]
         counts = [await self._count(target, request, call) for request in requests]
-        context = self._pool.state(target).context_length or target.config.context_length
-        longest = call.sampling.max_tokens or (context - min(counts) if context else UNBOUNDED_ANSWER)
+        longest = call.sampling.max_tokens or (self._context(target) or UNBOUNDED_ANSWER) - min(counts)
         prompt_tokens = sum(counts) * plan.samples
         answer_tokens = max(1, longest) * call.choices * plan.samples
         if plan.samples > 1 and plan.parallel.judge is not None:
@@ -243,11 +257,9 @@ class Dispatcher:
         return prompt_tokens, Charge(usd=usd, tokens=prompt_tokens + answer_tokens, requests=1)
 
     async def _count(self, target: Target, request: GenerateRequest, call: Call) -> int:
-        """The prompt's tokens by the expert's own tokenizer, or a generous estimate where it has none to ask."""
+        """The prompt's tokens by the expert's own tokenizer; where it has none to ask, a token a byte at most."""
         counted = await self._experts[target.expert].count_tokens(request)
-        if counted is not None:
-            return counted
-        return int(1.2 * call.prompt_bytes() / target.config.bytes_per_token) + 16
+        return counted if counted is not None else call.prompt_bytes() + TEMPLATE_TOKENS
 
     async def _ask(self, name: str, plan: Plan, reply_id: str, asked: Asked) -> AsyncIterator[Batch]:
         """All choices from one expert; `asked` learns which it was. Raises `ExpertUnavailable` where it is not ready.

@@ -21,6 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+LONGEST_RETRY_S = 31 * 86400.0
 RETRY_AFTER_S = {429: 1.0, 503: 2.0}  # where the error itself does not know
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 SANE_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without spaces
@@ -93,7 +94,7 @@ class Exchange:
         headers: Headers = []
         if error.status in RETRY_AFTER_S:
             seconds = error.retry_after_s or RETRY_AFTER_S[error.status]
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(seconds))))
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(min(seconds, LONGEST_RETRY_S)))))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error_object(error, request_id=self.id if error.status >= 500 else None)

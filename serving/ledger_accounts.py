@@ -84,7 +84,14 @@ def _time(microseconds: float) -> str:
 
 def refusal(obstacle: Sequence[str], accounts: Sequence[Account], most: Charge) -> ExpertError:
     """The error for what `RESERVE` says stands in the way."""
-    what, account = obstacle[0], accounts[int(obstacle[1]) - 1]
+    account = accounts[int(obstacle[1]) - 1]
+    error = _refusal(obstacle, account, most)
+    error.policy = account.policy
+    return error
+
+
+def _refusal(obstacle: Sequence[str], account: Account, most: Charge) -> ExpertError:
+    what = obstacle[0]
     whom = f"policy '{account.policy}' of {account.holder.replace(':', ' ')}"
     if what in ("spent", "held"):
         unit = obstacle[2]
@@ -108,7 +115,11 @@ def usage(account: Account, now: bytes, budget: list[bytes], flow: list[bytes]) 
     """What `READ` found, in words and USD."""
     now_us = int(now)
     book, pace = (
-        {name.decode(): int(value) for name, value in zip(flat[::2], flat[1::2], strict=True)}
+        {
+            name.decode(): int(value)
+            for name, value in zip(flat[::2], flat[1::2], strict=True)
+            if not name.startswith(b"pace_")
+        }
         for flat in (budget, flow)
     )
     limits = account.limits

@@ -73,13 +73,15 @@ for i = 1, (#KEYS - 3) / 2 do
       end
     end
   end
-  local state = redis.call('HMGET', flow, 'requests', 'tokens', 'inflight')
+  local state = redis.call('HMGET', flow, 'requests', 'tokens', 'inflight', 'pace_requests', 'pace_tokens')
   local burst = tonumber(ARGV[at + 7])
   line.until_us, line.per = {0, 0}, {tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6])}
   for k, amount in ipairs({most[3], most[2]}) do
     local cost = line.per[k] * amount
     if cost > 0 then
-      local arrival = math.max(tonumber(state[k] or 0), now) + cost
+      local owed, pace = math.max(tonumber(state[k] or 0) - now, 0), tonumber(state[3 + k] or 0)
+      if pace > 0 then owed = owed * line.per[k] / pace end  -- a debt of requests, whatever they cost when it was made
+      local arrival = now + owed + cost
       -- What is larger than the burst passes when nothing is owed, and the next ones wait for it.
       local wait = arrival - now - math.max(burst, cost)
       if wait > 0 then refuse({'rate', i, k == 1 and 'requests' or 'tokens', whole(wait)}) end
@@ -102,8 +104,11 @@ for i, line in ipairs(lines) do
     for unit = 1, 3 do redis.call('HINCRBY', line.budget, 'held_' .. UNITS[unit], whole(most[unit])) end
     redis.call('ZADD', KEYS[3], whole(line.ends), line.budget)
   end
-  if line.until_us[1] > 0 then redis.call('HSET', line.flow, 'requests', whole(line.until_us[1])) end
-  if line.until_us[2] > 0 then redis.call('HSET', line.flow, 'tokens', whole(line.until_us[2])) end
+  for k, name in ipairs({'requests', 'tokens'}) do
+    if line.until_us[k] > 0 then
+      redis.call('HSET', line.flow, name, whole(line.until_us[k]), 'pace_' .. name, string.format('%.17g', line.per[k]))
+    end
+  end
   redis.call('HINCRBY', line.flow, 'inflight', 1)
   redis.call('ZADD', KEYS[3], whole(math.max(now, line.until_us[1], line.until_us[2]) + HOUR), line.flow)
   record.lines[i] = {line.budget, line.index, line.flow, line.per, line.until_us}

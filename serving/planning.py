@@ -9,7 +9,16 @@ from typing import Any
 
 from signalbox.experts.base import ExpertError, ExpertUnavailable, InvalidRequest, Unsupported
 from signalbox.experts.catalog import matches
-from signalbox.policies.base import Candidate, Decision, NoCandidate, Parallel, Policy, Rating, RequestShape
+from signalbox.policies.base import (
+    Candidate,
+    Decision,
+    NoCandidate,
+    Parallel,
+    Policy,
+    Rating,
+    RequestShape,
+    Slo,
+)
 from signalbox.policies.charges import Account
 from signalbox.policies.decide import decide, rate, slack_ms
 from signalbox.policies.explain import explain
@@ -27,10 +36,10 @@ from signalbox.serving.protocols.openai import Call, text_of
 from signalbox.serving.routing import Basis, Routing
 
 AUTO = "auto"
-ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
-
 # A policy broken by these alone may be kept a moment later.
 _TRANSIENT = frozenset({"available", "max_ttft_ms", "max_tpot_ms", "max_total_ms"})
+ANSWER_TOKENS = 256  # what an answer is taken to have where the request sets no max_tokens
+
 _PLAIN = Policy()
 
 
@@ -61,10 +70,15 @@ class Ruling:
 
 @dataclass(slots=True, frozen=True)
 class Timing:
-    """When an answer must begin, at the latest, and how long it then takes, in seconds. `slack_s` None: any time."""
+    """When an answer must begin and how long it then takes, in seconds.
+
+    `slack_s` is the latest, by the policy and the caller; None: any time. `due_s` is the policy's alone: its place in
+    the queue goes by that, or else everybody would be in a hurry.
+    """
 
     slack_s: float | None
     service_s: float
+    due_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -161,14 +175,8 @@ class Planner:
         """
         if isinstance(asked, Target):
             ruling = self._ruling(terms.caller, None)
-            policy = ruling.policy
-            if not matches(asked.name, policy.allowed) or matches(asked.name, policy.denied):
-                raise InvalidRequest(
-                    f"policy '{ruling.name}' does not allow expert '{asked.name}'",
-                    param="model",
-                    code="expert_not_allowed",
-                    status=403,
-                )
+            if not _allows(ruling.policy, asked.name):
+                raise _not_allowed(asked.name, f"policy '{ruling.name}'", "model")
             return ruling
         intent = options.intent
         if intent is None and asked.policy.intents:
@@ -193,6 +201,10 @@ class Planner:
                 )
         asked = await self.resolve(call.model, terms.caller)
         ruling = self.rule(asked, call, options, terms)
+        if isinstance(asked, Target) and options.allowed is not None and not matches(asked.name, options.allowed):
+            raise _not_allowed(asked.name, "'signalbox.allowed' of this request", "signalbox.allowed")
+        for name in options.fallbacks or ():
+            self._check_allowed(name, ruling, options)
         call = bounded(call, ruling.policy)
         if isinstance(asked, Target):
             order = list(dict.fromkeys([asked.name, *(options.fallbacks or ())]))
@@ -200,8 +212,17 @@ class Planner:
         else:
             plan = await self._decided(call, ruling, options, terms, asking)
         plan.priority = priority_of(terms.headers, ruling.policy)
-        self._set_timings(plan, terms)
+        self._set_timings(plan, terms, ruling.policy.slo)
         return plan
+
+    def _check_allowed(self, fallback: str, ruling: Ruling, options: Options) -> None:
+        """A caller's own fallback must be one that its policy and its `allowed` would let it have."""
+        target = self._pool.known(fallback)
+        name = target.name if target is not None else fallback
+        if not _allows(ruling.policy, name):
+            raise _not_allowed(name, f"policy '{ruling.name}'", "signalbox.fallbacks")
+        if options.allowed is not None and not matches(name, options.allowed):
+            raise _not_allowed(name, "'signalbox.allowed' of this request", "signalbox.fallbacks")
 
     async def _decided(self, call: Call, ruling: Ruling, options: Options, terms: Terms, asking: bool) -> Plan:
         policy = self._tighten(ruling.policy, options, terms.slo_ttft_ms, call)
@@ -237,7 +258,9 @@ class Planner:
             )
         except NoCandidate as error:
             error.constraints = explain(error, policy, candidates)
-            raise _no_candidate(error, ruling.name) from error
+            refusal = _no_candidate(error, ruling.name)
+            refusal.policy = ruling.name
+            raise refusal from error
         explored, propensity = False, 1.0
         if asking and policy.explore.share > 0 and scores.basis is not None:
             found = explore(decision, scores.basis.deviation, policy, random.random(), spread=scores.spread)
@@ -259,18 +282,21 @@ class Planner:
             candidates=candidates,
         )
 
-    def _set_timings(self, plan: Plan, terms: Terms) -> None:
+    def _set_timings(self, plan: Plan, terms: Terms, promised: Slo) -> None:
         """When each expert of the plan must begin, for the queue in front of it."""
-        slo = plan.ruling.policy.slo
-        if terms.slo_ttft_ms is not None and plan.decision is None:
+        slo = promised
+        if terms.slo_ttft_ms is not None:
             slo = slo.model_copy(update={"max_ttft_ms": min(terms.slo_ttft_ms, slo.max_ttft_ms or terms.slo_ttft_ms)})
         rated = {r.expert: r for r in plan.decision.ratings} if plan.decision is not None else {}
         for name in plan.order:
             rating = rated.get(name) or self._rate(name, plan)
             if rating is not None:
-                slack = slack_ms(rating, slo)
-                service = (rating.total_ms - rating.wait_ms) / 1000
-                plan.timings[name] = Timing(slack / 1000 if slack is not None else None, service)
+                slack, due = slack_ms(rating, slo), slack_ms(rating, promised)
+                plan.timings[name] = Timing(
+                    slack_s=None if slack is None else slack / 1000,
+                    service_s=(rating.total_ms - rating.wait_ms) / 1000,
+                    due_s=None if due is None else due / 1000,
+                )
 
     def _rate(self, name: str, plan: Plan) -> Rating | None:
         shape = shape_of(plan.call)
@@ -298,6 +324,16 @@ class Planner:
         if options.allowed is not None or call.demands:
             updates["allowed"] = tuple(name for name in names if matches(name, policy.allowed))
         return policy.model_copy(update=updates) if updates else policy
+
+
+def _allows(policy: Policy, expert: str) -> bool:
+    return matches(expert, policy.allowed) and not matches(expert, policy.denied)
+
+
+def _not_allowed(expert: str, by: str, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{by} does not allow expert '{expert[:128]}'", param=param, code="expert_not_allowed", status=403
+    )
 
 
 def shape_of(call: Call) -> RequestShape:

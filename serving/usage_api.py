@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from signalbox.experts.base import ExpertUnavailable
 from signalbox.experts.catalog import matches
 from signalbox.serving.callers import Callers
 from signalbox.serving.exchange import Exchange
 from signalbox.serving.ledger import Ledger
 from signalbox.serving.policy_table import PolicyTable
+from signalbox.serving.store import StoreUnavailable
 
 
 class UsageApi:
@@ -27,5 +29,9 @@ class UsageApi:
             for account in self._callers.accounts(caller, name, policies)
             if account.limited
         }
-        data = await self._ledger.usage(list(accounts.values())) if accounts else []
+        try:
+            data = await self._ledger.usage(list(accounts.values())) if accounts else []
+        except StoreUnavailable as error:
+            said = f"the books cannot be read now: {error}"
+            raise ExpertUnavailable(said, code="store_lost", retry_after_s=1.0) from None
         await exchange.reply(200, {"object": "list", "key": caller.key, "tenant": caller.tenant, "data": data})

@@ -18,7 +18,7 @@ from signalbox.serving.embedded_valkey import EmbeddedValkey
 
 def ticket(name: str, now: float = 0.0, slack: float = 100.0, **fields: Any) -> Ticket:
     values = {"tenant": "t", "weight": 1.0, "priority": 0, "service": 1.0} | fields
-    return Ticket(id=f"g/{name}", arrived=now, deadline=now + slack, **values)
+    return Ticket(id=f"g/{name}", arrived=now, deadline=now + slack, **({"due": now + slack} | values))
 
 
 def arrive(queue: AdmissionQueue, *tickets: Ticket) -> list[Event]:
@@ -63,6 +63,34 @@ def test_one_tenant_s_flood_does_not_starve_another() -> None:
     assert {"quiet0", "quiet1", "quiet2", "quiet3", "quiet4"} <= set(served[:12]), served
 
 
+def test_a_backlog_does_not_stand_before_another_tenant_s_first_request() -> None:
+    """Nor does its age: the flood's requests are due earlier, and were served a lot while nobody else asked."""
+    queue = AdmissionQueue(capacity=1, max_queued=1000)
+    arrive(queue, *(ticket(f"flood{i:03}", tenant="loud", slack=500) for i in range(100)))
+    now = 0.0
+    for _ in range(20):
+        (running,) = queue.running
+        now += 1.0
+        queue.leave(running, now, completed=True)
+    queue.arrive(ticket("first", now, slack=900, tenant="quiet"), now)
+    assert "first" in order(queue, now)[:3]
+
+
+def test_a_flood_that_fills_the_queue_does_not_shut_others_out() -> None:
+    queue = AdmissionQueue(capacity=1, max_queued=10)
+    arrive(queue, *(ticket(f"flood{i:02}", tenant="loud") for i in range(30)))
+    events = arrive(queue, ticket("first", tenant="quiet"))
+    assert [(e.id, e.reason) for e in events] == [("g/flood10", "queue_full")]
+    assert order(queue)[:3].count("first") == 1
+
+
+def test_hurry_is_no_priority() -> None:
+    """Who may be refused earlier is not served earlier."""
+    queue = AdmissionQueue(capacity=1, max_queued=10)
+    arrive(queue, ticket("run"), ticket("calm", slack=50), ticket("hasty", slack=20, due=60.0))
+    assert order(queue) == ["run", "calm", "hasty"]
+
+
 def test_weights_share_the_service() -> None:
     queue = AdmissionQueue(capacity=1, max_queued=100)
     for i in range(40):
@@ -75,8 +103,9 @@ def test_weights_share_the_service() -> None:
 def test_a_queue_of_each_priority_is_bounded() -> None:
     queue = AdmissionQueue(capacity=1, max_queued=2)
     arrive(queue, ticket("run"), ticket("a"), ticket("b"))
-    (refused,) = arrive(queue, ticket("c"))
-    assert refused.reason == "queue_full" and refused.retry_after_s == pytest.approx(3.0)
+    (refused,) = arrive(queue, ticket("c", slack=101))
+    assert (refused.id, refused.reason) == ("g/c", "queue_full") and refused.retry_after_s == pytest.approx(3.0)
+    assert [e.id for e in arrive(queue, ticket("d", slack=20))] == ["g/b"], "the last in the queue is refused"
     assert arrive(queue, ticket("gold", priority=1)) == [], "another priority has room of its own"
 
 
@@ -110,7 +139,7 @@ def test_forecasts_learn_how_long_service_takes() -> None:
 def test_a_dead_gateway_s_places_are_free_again() -> None:
     queue = AdmissionQueue(capacity=1, max_queued=8)
     arrive(queue, ticket("a"))
-    other = Ticket("h/b", "t", 1.0, 0, 1.0, 100.0, 1.0)
+    other = Ticket("h/b", "t", 1.0, 0, 1.0, 100.0, 100.0, 1.0)
     assert queue.arrive(other, 1.0) == []
     assert queue.sync("h", ["h/b"], 4.0) == []
     assert queue.sync("h", ["h/b"], 6.0) == [Event("h/b")], "g was last heard of at 0"
@@ -173,9 +202,10 @@ def test_the_script_does_what_the_reference_does(server: redis.Redis, steps: Any
         if what == "arrive":
             issued += 1
             tenant, weight = ("a", "b", "c")[pick % 3], (1.0, 1.0, 2.5)[pick % 3]
-            new = Ticket(f"{gateway}/{issued}", tenant, weight, kind, now, now + slack, service, places)
+            due = slack + kind
+            new = Ticket(f"{gateway}/{issued}", tenant, weight, kind, now, now + slack, now + due, service, places)
             events = queue.arrive(new, now)
-            said = ["arrive", new.id, new.tenant, new.weight, new.priority, slack, service, places]
+            said = ["arrive", new.id, new.tenant, new.weight, new.priority, slack, due, service, places]
         elif what in ("leave", "abandon") and known:
             id = known[pick % len(known)]
             gateway = id.partition("/")[0]

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from signalbox.experts.base import ExpertError
-from signalbox.policies.base import Policy
+from signalbox.policies.base import Policy, Rate
 from signalbox.policies.charges import Account, Charge
 from signalbox.serving import ledger as ledger_module
 from signalbox.serving.embedded_valkey import EmbeddedValkey
@@ -618,3 +618,14 @@ async def test_amounts_of_many_digits_are_exact(ledger: Ledger) -> None:
 @pytest.mark.parametrize("kind", [BudgetSpent, RateLimited, TooManyInFlight, LedgerLost])
 def test_another_expert_is_not_tried(kind: type[ExpertError]) -> None:
     assert not kind("x").retryable
+
+
+async def test_a_new_rate_takes_over_what_is_owed_in_requests(ledger: Ledger) -> None:
+    """Who owes a request at one a hundred minutes owes it at ten a second too, and not for a hundred minutes."""
+    slow = Account("gold", "key:a", Policy(rate=Rate(requests_per_minute=0.01, burst=1)))
+    fast = Account("gold", "key:a", Policy(rate=Rate(requests_per_minute=600, burst=1)))
+    await (await ledger.reserve([slow], Charge(), "r1")).settle(Charge())
+    with pytest.raises(RateLimited):
+        await ledger.reserve([slow], Charge(), "r2")
+    await (await ledger.reserve([fast], Charge(), "r3")).settle(Charge())
+    assert (await ledger.usage([fast]))[0]["rate"]["requests"]["per_minute"] == 600

@@ -130,7 +130,8 @@ class Books(RuleBasedStateMachine):
                     found.add("budget")
             for unit, per, burst in self.rates(account):
                 cost = per * most[unit]
-                if max(self.arrival.get((account, unit), 0), self.now) + cost - self.now > max(burst, cost):
+                # What costs nothing of a unit owes nothing in it.
+                if cost and max(self.arrival.get((account, unit), 0), self.now) + cost - self.now > max(burst, cost):
                     found.add("rate")
             if limits.slo.max_inflight is not None and inflight >= limits.slo.max_inflight:
                 found.add("inflight")
