@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import orjson
 import typer
@@ -57,9 +58,9 @@ def apply_command(
         fail(f"--if-match is for one policy; {file} has {len(policies)}")
     with service(url) as client:
         for key, policy in policies.items():
-            before = client.get(f"/v1/policies/{key}")
+            before = client.get(_path(key))
             known = None if before.status_code == 404 else checked(before)["etag"]
-            reply = client.put(f"/v1/policies/{key}", json=policy, headers=_condition(if_match))
+            reply = client.put(_path(key), json=policy, headers=_condition(if_match))
             record = checked(reply)
             if reply.status_code == 201:
                 said = "created"
@@ -93,9 +94,9 @@ def show_command(
     """Show a policy as YAML, fit for `apply`; or its history."""
     with service(url) as client:
         if history or version is not None:
-            body = checked(client.get(f"/v1/policies/{name}/versions"))
+            body = checked(client.get(_path(name, "/versions")))
         else:
-            body = checked(client.get(f"/v1/policies/{name}"))
+            body = checked(client.get(_path(name)))
     if version is not None:
         found = next((r for r in body["data"] if r["version"] == version), None)
         if found is None:
@@ -120,7 +121,7 @@ def rollback_command(
 ) -> None:
     """Put an old version in force again, as a new one; a deleted policy comes back."""
     with service(url) as client:
-        reply = client.post(f"/v1/policies/{name}/rollback", json={"version": version}, headers=_condition(if_match))
+        reply = client.post(_path(name, "/rollback"), json={"version": version}, headers=_condition(if_match))
         record = checked(reply)
     console.print(
         f"{name}: version {record['version']} is what version {version} was (ETag {record['etag']})", markup=False
@@ -131,7 +132,7 @@ def rollback_command(
 def delete_command(name: Name, if_match: IfMatch = None, url: Url = DEFAULT_URL) -> None:
     """Take a policy out of force; its history stays, and `rollback` brings it back."""
     with service(url) as client:
-        reply = client.delete(f"/v1/policies/{name}", headers=_condition(if_match))
+        reply = client.delete(_path(name), headers=_condition(if_match))
         if reply.status_code != 204:
             checked(reply)
             raise ServiceError({"message": f"{url} answered {reply.status_code}; is it a Signalbox?"})
@@ -143,6 +144,11 @@ policy_app.command("simulate")(simulate_command)
 
 
 # What the commands stand on
+
+
+def _path(name: str, action: str = "") -> str:
+    """The policy's path; a name with a slash stays one name, and is then refused as one."""
+    return f"/v1/policies/{quote(name, safe='')}{action}"
 
 
 def _condition(if_match: str | None) -> dict[str, str]:

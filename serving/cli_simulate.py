@@ -164,6 +164,8 @@ def _numbers(text: str, option: str) -> dict[str, float]:
             found[name.strip()] = float(value)
         except ValueError:
             equals = ""
+        if not math.isfinite(found.get(name.strip(), math.nan)):
+            equals = ""
         if not equals or not name.strip():
             raise typer.BadParameter(f"{option}: '{part}' is not NAME=NUMBER")
     return found

@@ -378,7 +378,7 @@ def _adapter_problems(config: Config) -> list[Problem]:
             found.append(Problem(("adapters", name, "base"), _unknown("expert", adapter.base, config.experts)))
         elif not isinstance(base, LocalExpert) or not base.max_adapters:
             text = f"expert '{adapter.base}' takes no adapters: "
-            text += "set its max_adapters" if isinstance(base, LocalExpert) else "it is a remote model"
+            text += "set its max_adapters" if isinstance(base, LocalExpert) else f"its engine is {base.engine}"
             found.append(Problem(("adapters", name, "base"), text))
         if name in config.experts:
             found.append(Problem(("adapters", name), "an expert has this name: call the adapter something else"))

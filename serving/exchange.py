@@ -42,6 +42,7 @@ class Exchange:
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
         self.caller = UNBOUND  # who asks, once the key has been looked at
+        self.allow = ""  # the methods that the route takes, where it was asked with another
         self.started = False  # whether the status line has been sent
         self._receive, self._send = receive, send
 
@@ -95,6 +96,8 @@ class Exchange:
         if error.status in RETRY_AFTER_S:
             seconds = error.retry_after_s or RETRY_AFTER_S[error.status]
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(min(seconds, LONGEST_RETRY_S)))))
+        if error.status == 405 and self.allow:
+            headers.append((b"allow", self.allow.encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error_object(error, request_id=self.id if error.status >= 500 else None)

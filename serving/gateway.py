@@ -207,6 +207,7 @@ class GatewayApp:
             raise InvalidRequest(f"there is no route {exchange.path[:256]}", code="not_found", status=404)
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
+            exchange.allow = ", ".join(methods)
             raise InvalidRequest(
                 f"{exchange.path} takes {' or '.join(methods)}, not {exchange.method[:16]}",
                 code="method_not_allowed",

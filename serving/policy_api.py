@@ -181,8 +181,8 @@ def _no_route(exchange: Exchange, action: str, known: tuple[str, ...]) -> Invali
     """404 for a path that is none, 405 for one that takes another method."""
     path = exchange.path[:256]
     if action in ("versions", "rollback", "validate", ""):
-        methods = {"": "GET, PUT or DELETE", "versions": "GET"}.get(action, "POST")
-        text = f"{path} takes {methods}, not {exchange.method[:16]}"
+        exchange.allow = {"": "GET, PUT, DELETE", "versions": "GET"}.get(action, "POST")
+        text = f"{path} takes {exchange.allow}, not {exchange.method[:16]}"
         return InvalidRequest(text, code="method_not_allowed", status=405)
     hint = f"; {nearest(action[:64], list(known))}" if known else ""
     return InvalidRequest(f"there is no route {path}{hint}", code="not_found", status=404)

@@ -320,7 +320,7 @@ def test_without_roots_the_files_own_folder_is_the_root(tmp_path: Path) -> None:
     [
         ("  a: {base: locl, path: there}", "signalbox.yaml:7: adapters.a.base: there is no expert 'locl'; did you mean 'local'?"),
         ("  a: {base: none, path: there}", "signalbox.yaml:7: adapters.a.base: expert 'none' takes no adapters: set its max_adapters"),
-        ("  a: {base: remote, path: there}", "signalbox.yaml:7: adapters.a.base: expert 'remote' takes no adapters: it is a remote model"),
+        ("  a: {base: remote, path: there}", "signalbox.yaml:7: adapters.a.base: expert 'remote' takes no adapters: its engine is openai"),
         ("  none: {base: local, path: there}", "signalbox.yaml:7: adapters.none: an expert has this name: call the adapter something else"),
         ("  a: {base: local, path: gone}", "signalbox.yaml:7: adapters.a.path: there is no such folder (gone)"),
     ],

@@ -345,6 +345,7 @@ async def test_unknown_routes_and_methods(service: Service) -> None:
     ):
         reply = await service.client.request(method, path)
         assert reply.status_code == status, path
+        assert bool(reply.headers.get("allow")) == (status == 405)
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
         assert reply.headers["x-request-id"]
 
