@@ -246,7 +246,10 @@ class _Service:
                     said = _readiness(reply.json())
                     states = ", ".join(f"{name} {state}" for name, state in said.items())
                     starting = any(state.startswith("starting") for state in said.values())
-                    if reply.status_code == 200 and not starting:
+                    # Serve's own proxy answers until HAProxy takes the port over, with an id beside ours. What is
+                    # said to be ready then would refuse connections a moment later.
+                    for_good = len(reply.headers.get_list("x-request-id")) < 2
+                    if reply.status_code == 200 and not starting and for_good:
                         return states
                     show(states)
                     hopeful = not said or starting or "ready" in said.values()
