@@ -148,7 +148,7 @@ def make_config(models: dict[str, Path], router: Path | None = None, **changes: 
             "impossible": {"slo": {"max_cost_per_1m": 0.001}, "on_no_candidates": "fail"},
             "fresh": {"cache": "off"},
         },
-        "admission": {"max_queued": 8},
+        "admission": {"max_queued": 8, "max_wait_s": 3600},  # bounds alone refuse, however slow the machine
     }
     if router is not None:
         sections["routers"] = {"default": {"kind": "tryage", "artifact": str(router)}}

@@ -77,6 +77,7 @@ class CountingRouting(Routing):
 @pytest.fixture
 async def store(valkey: str) -> AsyncIterator[Store]:
     store = Store(valkey)
+    await store.delete("admission:queue:tiny", "admission:queue:wide")  # what other tests have left undone
     yield store
     await store.close()
 

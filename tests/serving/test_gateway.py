@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import openai
 import orjson
 import pytest
@@ -359,7 +360,19 @@ async def test_request_ids(service: Service) -> None:
         assert len(reply.headers["x-request-id"]) == 32
 
 
+async def no_place_taken(service: Service, expert: str) -> None:
+    """Wait until the store says so: places of clients that went away are freed within seconds."""
+    async with asyncio.timeout(60):
+        while True:
+            state = await service.app._store.get(f"admission:queue:{expert}")
+            queue = msgpack.unpackb(state) if state is not None else {"running": [], "waiting": []}
+            if not queue["running"] and not queue["waiting"]:
+                return
+            await asyncio.sleep(0.1)
+
+
 async def test_overload_is_429_with_retry_after(service: Service) -> None:
+    await no_place_taken(service, "tiny")
     body = {"model": "tiny", "messages": user("hello"), "max_tokens": 300, "ignore_eos": True}
     replies = await asyncio.gather(*(service.client.post("/v1/chat/completions", json=body) for _ in range(40)))
     codes = [reply.status_code for reply in replies]
@@ -370,10 +383,12 @@ async def test_overload_is_429_with_retry_after(service: Service) -> None:
 
 
 async def test_overload_of_one_expert_moves_auto_to_the_other(service: Service) -> None:
+    await no_place_taken(service, "tiny")
     body = {"model": "tiny", "messages": user("hello"), "max_tokens": 500, "ignore_eos": True}
     busy = [asyncio.create_task(service.client.post("/v1/chat/completions", json=body)) for _ in range(30)]
-    while await service.running("tiny") < 8 or len(service.app._admission._held) < 16:
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(60):
+        while await service.running("tiny") < 8 or len(service.app._admission._held) < 16:
+            await asyncio.sleep(0.005)
     auto = {"model": "auto", "messages": user("What is 3 plus 4?"), "max_tokens": 2}
     reply = await service.client.post("/v1/chat/completions", json=auto)
     for task in busy:

@@ -90,6 +90,7 @@ class Bench:
 @pytest.fixture
 async def store(valkey: str) -> AsyncIterator[Store]:
     store = Store(valkey)
+    await store.delete("admission:queue:tiny", "admission:queue:wide")  # what other tests have left undone
     yield store
     await store.close()
 
