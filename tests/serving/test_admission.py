@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgpack
 import pytest
 
 from signalbox.serving import admission as module
@@ -38,6 +39,16 @@ async def door(url: str, expert: str, places: int = 1, **changes: Any) -> AsyncI
 async def soon(condition: Any) -> None:
     async with asyncio.timeout(30):
         while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def wait_in_store(admission: Admission, expert: str, count: int) -> None:
+    """Wait until so many wait for the expert in the store, over all gateways."""
+    async with asyncio.timeout(30):
+        while True:
+            state = await admission._store.get(f"admission:queue:{expert}")
+            if state is not None and len(msgpack.unpackb(state)["waiting"]) == count:
+                return
             await asyncio.sleep(0.01)
 
 
@@ -83,8 +94,7 @@ async def test_priority_and_deadline_hold_across_gateways(url: str) -> None:
                 (a, "bronze", {"slack_s": 20, "priority": -1}),
             )
         ]
-        await soon(lambda: waiting(a) + waiting(b) == 4)
-        await asyncio.sleep(0.1)  # all are in the store
+        await wait_in_store(a, "order", 4)
         first.leave(completed=False)
         await asyncio.gather(*tasks)
         assert order == ["gold", "soon", "late", "bronze"]
@@ -104,8 +114,7 @@ async def test_a_request_of_greater_priority_displaces_one_at_another_gateway(ur
     async with door(url, "displaced") as a, door(url, "displaced") as b:
         slot = await a.enter("displaced", service_s=10)
         bronze = asyncio.create_task(a.enter("displaced", slack_s=12, service_s=5))
-        await soon(lambda: waiting(a) == 1)
-        await asyncio.sleep(0.05)
+        await wait_in_store(a, "displaced", 1)
         gold = asyncio.create_task(b.enter("displaced", slack_s=20, service_s=5, priority=2))
         with pytest.raises(Shed) as caught:
             await bronze
@@ -118,8 +127,7 @@ async def test_a_full_queue(url: str) -> None:
     async with door(url, "full", max_queued=2) as admission:
         slots = [await admission.enter("full")]
         queued = [asyncio.create_task(admission.enter("full")) for _ in range(2)]
-        await soon(lambda: waiting(admission) == 2)
-        await asyncio.sleep(0.05)
+        await wait_in_store(admission, "full", 2)
         with pytest.raises(Shed) as caught:
             await admission.enter("full")
         assert caught.value.code == "queue_full"
@@ -162,8 +170,7 @@ async def test_what_the_store_forgets_comes_again(url: str) -> None:
     async with door(url, "forgotten") as admission:
         slot = await admission.enter("forgotten")
         task = asyncio.create_task(admission.enter("forgotten"))
-        await soon(lambda: waiting(admission) == 1)
-        await asyncio.sleep(0.05)
+        await wait_in_store(admission, "forgotten", 1)
         await admission._store.delete("admission:queue:forgotten")
         (await asyncio.wait_for(task, 30)).leave(completed=True)
         slot.leave(completed=True)
