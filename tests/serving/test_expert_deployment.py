@@ -143,7 +143,7 @@ async def test_score(expert_handles: dict[str, Any]) -> None:
 
 
 async def test_state_is_published_with_the_model_s_facts(client: ExpertClient, valkey: str) -> None:
-    async for _ in client.generate(GenerateRequest("p", prompt="the quick brown fox " * 40)):
+    async for _ in client.generate(GenerateRequest("p", prompt="the quick brown fox " * 150)):
         pass
     store = Store(valkey)
     try:
