@@ -72,7 +72,6 @@ class AdapterTable:
         self._next: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._closed = False  # the client's use of `asyncio.wait_for` may swallow a cancellation (Python 3.11)
         self._records: dict[str, Record] = {}
         self.store_error: str | None = None
 
@@ -88,7 +87,6 @@ class AdapterTable:
 
     async def close(self) -> None:
         """Stop, and withdraw this gateway's report."""
-        self._closed = True
         reader = [self._reader] if self._reader else []
         for task in (*self._tasks, *reader):
             task.cancel()
@@ -252,7 +250,7 @@ class AdapterTable:
                 await read
 
     async def _read_all(self) -> None:
-        while self._next is not None and not self._closed:
+        while self._next is not None:
             asked, self._next = self._next, None
             try:
                 await self._read()
@@ -283,14 +281,14 @@ class AdapterTable:
         self._news.set()
 
     async def _keep_looking(self) -> None:
-        while not self._closed:
+        while True:
             await asyncio.sleep(LOOK_S)
             await self._refresh()
 
     # -- inside: publishing ------------------------------------------------------------------------------------
 
     async def _keep_publishing(self) -> None:
-        while not self._closed:
+        while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PUBLISH_S):
                     await self._news.wait()

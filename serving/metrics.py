@@ -101,7 +101,6 @@ class Metrics:
         self._flushing, self._telling = asyncio.Lock(), asyncio.Lock()
         self._text, self._made = b"", float("-inf")
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
 
     # -- counting ----------------------------------------------------------------------------------------------
 
@@ -214,14 +213,13 @@ class Metrics:
 
     async def close(self) -> None:
         """Stop, and add what was counted last."""
-        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.flush()
 
     async def _keep_flushing(self) -> None:
-        while not self._closed:
+        while True:
             await asyncio.sleep(FLUSH_S)
             try:
                 await self.flush()

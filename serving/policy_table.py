@@ -64,7 +64,6 @@ class PolicyTable:
         self._policies = dict(configured)
         self._reading = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
 
     async def start(self) -> None:
         """Seed and read, then keep looking for changes until `close`. Where the store is lost, this comes later."""
@@ -73,7 +72,6 @@ class PolicyTable:
 
     async def close(self) -> None:
         """Stop looking."""
-        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -217,7 +215,7 @@ class PolicyTable:
     # -- reading and seeding -----------------------------------------------------------------------------------
 
     async def _keep_looking(self) -> None:
-        while not self._closed:
+        while True:
             await asyncio.sleep(LOOK_S)
             await self._look()
 
