@@ -211,17 +211,6 @@ class Admission:
             view.waits[priority] = 1000 * min(view.queue.forecast(far, view.now), 3600.0)
         return view.waits[priority]
 
-    def queues(self) -> dict[str, dict[str, Any]]:
-        """Each expert's queue as last read, for people: running, waiting by priority."""
-        said = {}
-        for name, view in self._views.items():
-            waiting: dict[str, int] = {}
-            for ticket in view.queue.waiting:
-                waiting[str(ticket.priority)] = waiting.get(str(ticket.priority), 0) + 1
-            running = sum(t.places for t in view.queue.running.values())
-            said[name] = {"running": running, "capacity": view.queue.capacity, "waiting": waiting}
-        return said
-
     # -- the store's queue -------------------------------------------------------------------------------------
 
     async def _arrive(self, held: _Held) -> None:

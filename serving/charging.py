@@ -27,14 +27,12 @@ class Seat:
         self._price = price
         self._prompt_tokens = prompt_tokens
         self._sent_tokens = 0
-        self._sent_anything = False
 
     def note(self, chunks: Sequence[Chunk]) -> None:
         """Count what goes out to a streaming client: what is charged if the stream is cut."""
         for chunk in chunks:
             self._sent_tokens += len(chunk.token_ids) or bool(chunk.text)
-            self._sent_anything = self._sent_anything or bool(chunk.token_ids or chunk.text)
-        if self._sent_anything and self._reservation.booked:
+        if self._sent_tokens and self._reservation.booked:
             self._reservation.sent(self._charge(self._prompt_tokens, self._sent_tokens))
 
     async def leave(self, usage: Usage | None) -> None:
@@ -42,7 +40,7 @@ class Seat:
         self.slot.leave(completed=usage is not None)
         if usage is not None:
             await self._reservation.settle(self._charge(usage.prompt_tokens, usage.completion_tokens))
-        elif self._sent_anything:
+        elif self._sent_tokens:
             await self._reservation.settle(self._charge(self._prompt_tokens, self._sent_tokens))
         else:
             await self._reservation.cancel()

@@ -100,7 +100,9 @@ class Dispatcher:
 
     async def plan(self, call: Call, terms: Terms | None = None) -> Plan:
         """Decide who answers, without asking anyone. Raises `InvalidRequest`, or `ExpertUnavailable` (503)."""
-        return await self.planner.plan(call, parse_options(call.options), terms or Terms(), asking=False)
+        terms, options = terms or Terms(), parse_options(call.options)
+        ruling = await self.planner.rule(call, options, terms)
+        return await self.planner.plan(bounded(call, ruling.policy), ruling, options, terms, asking=False)
 
     # -- the answer --------------------------------------------------------------------------------------------
 
@@ -112,19 +114,18 @@ class Dispatcher:
         """
         terms = terms or Terms()
         options = parse_options(call.options)
-        asked = await self.planner.resolve(call.model, terms.caller)
-        ruling = self.planner.rule(asked, call, options, terms)
+        ruling = await self.planner.rule(call, options, terms)
         call = bounded(call, ruling.policy)
         cached = options.cache.mode == "exact" and call.sampling.temperature == 0 and ruling.policy.cache == "exact"
         keep: Keep | None = None
         plan: Plan | None = None
         if cached:
             keep = Keep(options.cache.namespace, options.cache.ttl, [[] for _ in range(call.choices)], None)
-            if isinstance(asked, Ruling):
+            if ruling.target is None:
                 keep.decision_key = self._decision_key(call, options, terms.slo_ttft_ms, ruling)
                 plan = await self._remembered(keep.decision_key, call, ruling)
         fresh = plan is None
-        plan = plan or await self.planner.plan(call, options, terms)
+        plan = plan or await self.planner.plan(call, ruling, options, terms)
         if keep is not None:
             first = await self._pool.find(plan.order[0])
             answer = None
@@ -135,7 +136,7 @@ class Dispatcher:
                     await self._remember(keep, plan, plan.order[0])
                 return self._replay(answer, plan, began)
             if not fresh:  # the answer is gone: who should give it is decided anew
-                plan = await self.planner.plan(call, options, terms)
+                plan = await self.planner.plan(call, ruling, options, terms)
         return await self._execute(plan, reply_id, began, keep, terms.caller)
 
     async def _execute(self, plan: Plan, reply_id: str, began: float, keep: Keep | None, caller: Caller) -> Run:
@@ -205,9 +206,7 @@ class Dispatcher:
         target = self._pool.known(name)
         if target is None:
             raise self._pool.unknown(name)
-        state = self._pool.state(target)
-        if not state.ready:
-            raise ExpertUnavailable(f"expert '{name}' is not ready: {state.reason}")
+        self._require_ready(target)
         accounts = plan.ruling.accounts
         prompt_tokens, most = 0, Charge()
         if any(account.limited for account in accounts):
@@ -232,6 +231,11 @@ class Dispatcher:
             await reservation.cancel()
             raise
         return Seat(slot, reservation, target.config.price, prompt_tokens)
+
+    def _require_ready(self, target: Target) -> None:
+        state = self._pool.state(target)
+        if not state.ready:
+            raise ExpertUnavailable(f"expert '{target.name}' is not ready: {state.reason}")
 
     def _bounded(self, target: Target, call: Call) -> Call:
         """The request with a bound on its answer, where neither it nor the expert's context has one."""
@@ -286,9 +290,7 @@ class Dispatcher:
             await asyncio.sleep(REPLICA_PAUSE_S)
 
     def _ask_target(self, target: Target, plan: Plan, reply_id: str) -> AsyncIterator[Batch]:
-        state = self._pool.state(target)
-        if not state.ready:
-            raise ExpertUnavailable(f"expert '{target.name}' is not ready: {state.reason}")
+        self._require_ready(target)
         client = self._experts[target.expert]
         call = sample_calls(plan.call, plan.samples) if plan.samples > 1 else plan.call
         requests = call.requests(reply_id, understood=target.config.request_fields)

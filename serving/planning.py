@@ -56,16 +56,16 @@ class Terms:
 class Ruling:
     """Whose policy it is, with all that the request, its caller and its kind change about it.
 
-    `name` is the policy's, `etag` that of its version; `named` says that the request itself asked for it. `accounts`
-    are all whose limits bind the request.
+    `name` is the policy's, `etag` that of its version. `accounts` are all whose limits bind the request. `target` is
+    the expert that the request names itself, None where the policy decides.
     """
 
     name: str
     policy: Policy
     etag: str = ""
-    named: bool = False
     intent: str | None = None
     accounts: tuple[Account, ...] = ()
+    target: Target | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,8 +87,7 @@ class Plan:
 
     `decision`, `flags` and what follows are of `auto` requests only. `call` is the request as the experts are to see
     it. `explored` says that the policy's exploration chose, `propensity` with which probability it was to choose so.
-    `samples` answers are drawn at once, and `parallel` says who chooses among them. `by_policy` False: the request
-    named its expert.
+    `samples` answers are drawn at once, and `parallel` says who chooses among them.
     """
 
     call: Call
@@ -105,12 +104,11 @@ class Plan:
     priority: int = 0
     timings: dict[str, Timing] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
-    by_policy: bool = True
 
     @property
     def policy(self) -> str:
         """The name of the policy that decided; `none` where the request named its expert."""
-        return self.ruling.name if self.by_policy else "none"
+        return self.ruling.name if self.ruling.target is None else "none"
 
     @property
     def parallel(self) -> Parallel:
@@ -166,18 +164,20 @@ class Planner:
         record = self._policies.get(name) if name is not None else None
         if record is None:
             return Ruling("default", _PLAIN, accounts=accounts)
-        return Ruling(record.name, record.policy, record.etag, named is not None, accounts=accounts)
+        return Ruling(record.name, record.policy, record.etag, accounts=accounts)
 
-    def rule(self, asked: Ruling | Target, call: Call, options: Options, terms: Terms) -> Ruling:
+    async def rule(self, call: Call, options: Options, terms: Terms) -> Ruling:
         """The policy for this very request: of the caller where an expert is named, and by the request's intent.
 
-        Raises `InvalidRequest`: 403 where the caller's policy forbids the named expert, 400 for an unknown intent.
+        Raises `InvalidRequest`: as `resolve`, 403 where the caller's policy forbids the named expert, 400 for an
+        unknown intent.
         """
+        asked = await self.resolve(call.model, terms.caller)
         if isinstance(asked, Target):
             ruling = self._ruling(terms.caller, None)
             if not _allows(ruling.policy, asked.name):
                 raise _not_allowed(asked.name, f"policy '{ruling.name}'", "model")
-            return ruling
+            return replace(ruling, target=asked)
         intent = options.intent
         if intent is None and asked.policy.intents:
             intent = self._intents.of(asked.policy).match(last_text(call))
@@ -187,44 +187,43 @@ class Planner:
 
     # -- the decision ------------------------------------------------------------------------------------------
 
-    async def plan(self, call: Call, options: Options, terms: Terms, *, asking: bool = True) -> Plan:
+    async def plan(self, call: Call, ruling: Ruling, options: Options, terms: Terms, *, asking: bool = True) -> Plan:
         """Decide who answers, without asking anyone; `asking` False explores nothing.
 
-        Raises `InvalidRequest`, or `ExpertUnavailable` (503).
+        `call` is cut to the ruling's length already. Raises `InvalidRequest`, or `ExpertUnavailable` (503).
         """
         for name in options.fallbacks or ():
-            if await self._pool.find(name) is None:
-                raise InvalidRequest(
-                    f"'signalbox.fallbacks' names '{name[:64]}', which is no expert; "
-                    f"there are: {', '.join(self._pool.names())}",
-                    param="signalbox.fallbacks",
-                )
-        asked = await self.resolve(call.model, terms.caller)
-        ruling = self.rule(asked, call, options, terms)
-        if isinstance(asked, Target) and options.allowed is not None and not matches(asked.name, options.allowed):
-            raise _not_allowed(asked.name, "'signalbox.allowed' of this request", "signalbox.allowed")
-        for name in options.fallbacks or ():
-            self._check_allowed(name, ruling, options)
-        call = bounded(call, ruling.policy)
-        if isinstance(asked, Target):
-            order = list(dict.fromkeys([asked.name, *(options.fallbacks or ())]))
-            plan = Plan(call, order, router="none", ruling=ruling, by_policy=False)
+            await self._check_fallback(name, ruling, options)
+        target = ruling.target
+        priority = priority_of(terms.headers, ruling.policy)
+        if target is None:
+            plan = await self._decided(call, ruling, options, terms, priority, asking)
+        elif options.allowed is not None and not matches(target.name, options.allowed):
+            raise _not_allowed(target.name, "'signalbox.allowed' of this request", "signalbox.allowed")
         else:
-            plan = await self._decided(call, ruling, options, terms, asking)
-        plan.priority = priority_of(terms.headers, ruling.policy)
-        self._set_timings(plan, terms, ruling.policy.slo)
+            order = list(dict.fromkeys([target.name, *(options.fallbacks or ())]))
+            plan = Plan(call, order, router="none", ruling=ruling)
+        plan.priority = priority
+        self._set_timings(plan, ruling.policy.slo, terms.slo_ttft_ms)
         return plan
 
-    def _check_allowed(self, fallback: str, ruling: Ruling, options: Options) -> None:
-        """A caller's own fallback must be one that its policy and its `allowed` would let it have."""
-        target = self._pool.known(fallback)
-        name = target.name if target is not None else fallback
-        if not _allows(ruling.policy, name):
-            raise _not_allowed(name, f"policy '{ruling.name}'", "signalbox.fallbacks")
-        if options.allowed is not None and not matches(name, options.allowed):
-            raise _not_allowed(name, "'signalbox.allowed' of this request", "signalbox.fallbacks")
+    async def _check_fallback(self, fallback: str, ruling: Ruling, options: Options) -> None:
+        """A caller's own fallback must be an expert that its policy and its `allowed` would let it have."""
+        target = await self._pool.find(fallback)
+        if target is None:
+            raise InvalidRequest(
+                f"'signalbox.fallbacks' names '{fallback[:64]}', which is no expert; "
+                f"there are: {', '.join(self._pool.names())}",
+                param="signalbox.fallbacks",
+            )
+        if not _allows(ruling.policy, target.name):
+            raise _not_allowed(target.name, f"policy '{ruling.name}'", "signalbox.fallbacks")
+        if options.allowed is not None and not matches(target.name, options.allowed):
+            raise _not_allowed(target.name, "'signalbox.allowed' of this request", "signalbox.fallbacks")
 
-    async def _decided(self, call: Call, ruling: Ruling, options: Options, terms: Terms, asking: bool) -> Plan:
+    async def _decided(
+        self, call: Call, ruling: Ruling, options: Options, terms: Terms, priority: int, asking: bool
+    ) -> Plan:
         policy = self._tighten(ruling.policy, options, terms.slo_ttft_ms, call)
         ruling = replace(ruling, policy=policy)
         call, prompts, flags = take_flags(call)
@@ -235,7 +234,6 @@ class Planner:
         if flags:
             objective = objective_of_flags(flags, objective)
         shape = shape_of(call)
-        priority = priority_of(terms.headers, policy)
         candidates = [
             replace(c, wait_ms=self._admission.wait_ms(c.name.partition(":")[0], priority))
             for c in self._pool.candidates(shape)
@@ -282,11 +280,9 @@ class Planner:
             candidates=candidates,
         )
 
-    def _set_timings(self, plan: Plan, terms: Terms, promised: Slo) -> None:
+    def _set_timings(self, plan: Plan, promised: Slo, slo_ttft_ms: float | None) -> None:
         """When each expert of the plan must begin, for the queue in front of it."""
-        slo = promised
-        if terms.slo_ttft_ms is not None:
-            slo = slo.model_copy(update={"max_ttft_ms": min(terms.slo_ttft_ms, slo.max_ttft_ms or terms.slo_ttft_ms)})
+        slo = _lowered(promised, slo_ttft_ms)
         rated = {r.expert: r for r in plan.decision.ratings} if plan.decision is not None else {}
         for name in plan.order:
             rating = rated.get(name) or self._rate(name, plan)
@@ -307,8 +303,7 @@ class Planner:
         """The policy with the caller's ceiling and globs, and with the experts that understand the request."""
         updates: dict[str, Any] = {}
         if slo_ttft_ms is not None:
-            ceiling = min(slo_ttft_ms, policy.slo.max_ttft_ms or slo_ttft_ms)
-            updates["slo"] = policy.slo.model_copy(update={"max_ttft_ms": ceiling})
+            updates["slo"] = _lowered(policy.slo, slo_ttft_ms)
         names = self._pool.routable()
         if options.allowed is not None:
             names = [name for name in names if matches(name, options.allowed)]
@@ -324,6 +319,13 @@ class Planner:
         if options.allowed is not None or call.demands:
             updates["allowed"] = tuple(name for name in names if matches(name, policy.allowed))
         return policy.model_copy(update=updates) if updates else policy
+
+
+def _lowered(slo: Slo, ttft_ms: float | None) -> Slo:
+    """The ceilings with the caller's own for the first token, where that is lower."""
+    if ttft_ms is None:
+        return slo
+    return slo.model_copy(update={"max_ttft_ms": min(ttft_ms, slo.max_ttft_ms or ttft_ms)})
 
 
 def _allows(policy: Policy, expert: str) -> bool:

@@ -183,7 +183,7 @@ async def test_forecasts_are_by_priority(url: str) -> None:
         await soon(lambda: admission.wait_ms("forecast", 0) > 9000)
         assert admission.wait_ms("forecast", 1) < 4500, "the two that wait would wait behind it"
         assert admission.wait_ms("unknown", 0) == 0
-        assert admission.queues()["forecast"]["waiting"] == {"0": 2}
+        assert [ticket.priority for ticket in admission._views["forecast"].queue.waiting] == [0, 0]
         slot.leave(completed=True)
         for task in tasks:
             (await task).leave(completed=True)
