@@ -125,20 +125,28 @@ def random_prompt(rng: random.Random, size: int) -> str:
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(size))
 
 
-async def load(port: int, streams: int, bodies: list[tuple[str, dict[str, Any]]], seconds: float = 0) -> list[Result]:
-    """Run the load generator in its own process."""
+async def generated(module: str, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a load generator, a module run in a process of its own, says of a job. Raises `RuntimeError`."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "benchmarks.load",
+        module,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment(),
         cwd=ROOT,
     )
-    job = {"port": port, "path": "/v1/chat/completions", "streams": streams, "bodies": bodies, "seconds": seconds}
     out, _ = await child.communicate(json.dumps(job).encode())
-    return [Result(**result) for result in json.loads(out)]
+    if child.returncode:
+        raise RuntimeError(f"the load generator ended with exit code {child.returncode}")
+    found: list[dict[str, Any]] = json.loads(out)
+    return found
+
+
+async def load(port: int, streams: int, bodies: list[tuple[str, dict[str, Any]]], seconds: float = 0) -> list[Result]:
+    """Run the load generator in its own process."""
+    job = {"port": port, "path": "/v1/chat/completions", "streams": streams, "bodies": bodies, "seconds": seconds}
+    return [Result(**result) for result in await generated("benchmarks.load", job)]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.report import ROOT
+from benchmarks.serving_processes import generated
 
 _TEXT = re.compile(rb'"(?:content|text)":\s*"(?!")')
 _COMPLETION = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -237,18 +237,7 @@ async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 async def generate(job: dict[str, Any]) -> list[Sent]:
     """Run a job in a process of its own. Raises `RuntimeError` where that fails."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "benchmarks.sla_load",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-    )
-    out, _ = await child.communicate(json.dumps(job).encode())
-    if child.returncode:
-        raise RuntimeError(f"the load generator ended with exit code {child.returncode}")
-    return [Sent(**sent) for sent in json.loads(out)]
+    return [Sent(**sent) for sent in await generated("benchmarks.sla_load", job)]
 
 
 if __name__ == "__main__":

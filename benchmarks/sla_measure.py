@@ -14,7 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from benchmarks.latency_model import OtherWork
-from benchmarks.serving_processes import percentile
+from benchmarks.serving_processes import chat, percentile
 from benchmarks.sla_load import Sent, generate
 from benchmarks.sla_pools import MIX, PRIORITIES, Pool
 from signalbox.experts.catalog import Price
@@ -73,7 +73,7 @@ async def measure_capacity(pool: Pool, port: int) -> Capacity:
             {
                 "label": name,
                 "streams": count,
-                "bodies": [pool.body(name, a.prompt or "", a.max_tokens or 1) for a in sample],
+                "bodies": [chat(name, a.prompt or "", a.max_tokens or 1) for a in sample],
             }
             for name, count in streams.items()
         ]
@@ -198,7 +198,7 @@ async def play(pool: Pool, port: int, system: System, load: Sequence[Arrival], g
     requests = []
     for i, a in enumerate(load):
         model = {"signalbox": f"auto:{a.policy}", "first come": "auto:plain", "round robin": names[i % len(names)]}
-        requests.append((a.at, str(i), pool.body(model[system], a.prompt or "", a.max_tokens or 1)))
+        requests.append((a.at, str(i), chat(model[system], a.prompt or "", a.max_tokens or 1)))
     others, exited_s, since = OtherWork(), _exited_s(), time.monotonic()
     sent = await generate({"port": port, "path": PATH, "requests": requests, "grace": grace_s})
     generator = (_exited_s() - exited_s) / (time.monotonic() - since)

@@ -53,18 +53,6 @@ class Pool:
             config["routers"] = {"default": {"kind": "best", "artifact": str(self.router)}}
         return config
 
-    def body(self, model: str, prompt: str, tokens: int) -> dict[str, Any]:
-        """A streamed request for just so many tokens, which no cache answers (it is sampled)."""
-        return {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": tokens,
-            "temperature": 1.0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
 
 def quickstart() -> Pool:
     """The two models of examples/quickstart.yaml, without its adapters, each on a core of its own."""
