@@ -1,7 +1,7 @@
-"""Trains a LoRA adapter (Hu et al., LoRA, 2021) on a table, and writes it in the PEFT format.
+"""Trains weights on a table: the loop that all adapters share, and LoRA (Hu et al., 2021), written in the PEFT format.
 
 The loss is the cross-entropy of the answer's tokens, the end of turn included; the prompt's tokens are only read.
-peft puts the LoRA layers into the model. The schedule is a linear warm-up and half a cosine; a limit in minutes bends
+peft puts the LoRA layers into the model. Their schedule is a linear warm-up and half a cosine; a limit in minutes bends
 it, so that the rate has fallen to nothing when the time is up. The weights kept are those with the lowest loss on the
 validation rows.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,29 +32,46 @@ IGNORED = -100
 
 
 @dataclass(slots=True, frozen=True)
-class Hyperparameters:
-    """How an adapter is trained. `targets`: names of linears, or `all-linear`; `rate`: the highest learning rate.
+class Optimisation:
+    """How weights are trained, whichever they are: AdamW with a linear warm-up. `rate`: the highest learning rate.
 
     The run ends after `steps`, or after `epochs` where no steps are given, or after `minutes`, whichever comes first,
-    and where `patience` validations in a row brought nothing better.
+    and where `patience` validations in a row brought nothing better. Without `dropout` the model stays in evaluation
+    mode. `warmup`: a share of the steps.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    dropout: float = 0.05
     rate: float = 1e-3
     batch: int = 32
     epochs: float = 5.0
     steps: int | None = None
     minutes: float | None = None
     warmup: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    dropout: float = 0.0
     patience: int = 3
     longest: int = 768
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "rate", "batch", "epochs", "longest", "patience"):
+        for name in ("rate", "batch", "epochs", "longest", "patience"):
+            if not getattr(self, name) > 0:
+                raise TrainingError(f"{name} must be above 0")
+
+
+@dataclass(slots=True, frozen=True)
+class Hyperparameters(Optimisation):
+    """How a LoRA adapter is trained. `targets`: names of linears, or `all-linear`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        Optimisation.__post_init__(self)
+        for name in ("rank", "alpha"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{name} must be above 0")
         if not self.targets:
@@ -114,16 +131,16 @@ def fit(
     model: Any,
     train: Sequence[Encoded],
     validation: Sequence[Encoded],
-    options: Hyperparameters,
+    options: Optimisation,
     codec: Codec,
     report: Callable[[Moment], None] = lambda moment: None,
 ) -> Fit:
-    """Train the model's LoRA layers in place and leave it with the best weights of the run.
+    """Train the parameters that require a gradient, in place, and leave the model with the best weights of the run.
 
     Raises `TrainingError` where the loss is no longer finite: the rate is too high.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=options.weight_decay, betas=options.betas)
     per_epoch = math.ceil(len(train) / options.batch)
     total = options.steps or max(1, math.ceil(options.epochs * per_epoch))
     draw = random.Random(options.seed)
@@ -132,11 +149,12 @@ def fit(
     limit = math.inf if options.minutes is None else 60 * options.minutes
     started, seen, bad = time.perf_counter(), 0.0, 0
     recent: list[Tensor] = []
-    model.train()
+    cosine = options.schedule == "cosine"
+    model.train(options.dropout > 0)
     for step, batch in enumerate(_endless(train, options.batch, draw), 1):
         seconds = time.perf_counter() - started
         done = min(1.0, max((step - 1) / total, seconds / limit))
-        rate = options.rate * min(1.0, step / max(1.0, options.warmup * total)) * _cosine(done)
+        rate = options.rate * min(1.0, step / max(1.0, options.warmup * total)) * (_cosine(done) if cosine else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = [train[i] for i in batch]
@@ -144,7 +162,8 @@ def fit(
         total_loss = torch.zeros((), device=model.device)
         for part in token_batches(rows, token_limit(model)):
             loss = answer_loss(model, collate([rows[i] for i in part], codec.pad, model.device)).sum() / count
-            loss.backward()
+            if loss.requires_grad:  # not where no token was routed to an expert that is trained
+                loss.backward()
             total_loss += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -158,7 +177,7 @@ def fit(
         if ends or done - seen >= 1 / VALIDATIONS:
             seen = done
             value = mean_loss(model, validation, codec)
-            model.train()
+            model.train(options.dropout > 0)
         if value is not None or len(recent) >= 10 or step == 1:
             # Looking at a loss waits for the GPU: not at every step.
             mean = float(torch.stack(recent).mean())
@@ -263,8 +282,8 @@ def mean_loss(model: Any, rows: Sequence[Encoded], codec: Codec) -> float:
 
 @contextmanager
 def _autocast(model: Any) -> Iterator[None]:
-    """bf16 products with float32 LoRA weights where the base is bf16 on a GPU; else as the model is."""
-    half = model.device.type == "cuda" and model.dtype == torch.bfloat16
+    """bf16 products with peft's float32 weights where the base is bf16 on a GPU; else as the model is."""
+    half = model.device.type == "cuda" and model.dtype == torch.bfloat16 and hasattr(model, "peft_config")
     with torch.autocast("cuda", torch.bfloat16) if half else nullcontext():
         yield
 
