@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.report import ROOT, Row, print_table, write_results
 from signalbox.serving.cli_adapters_train import show, watched
-from signalbox.serving.train_adapter import REPORT_FILE, Base, Effort, Recipe, base_of, train_adapter
+from signalbox.serving.train_adapter import Recipe, train_adapter
+from signalbox.serving.training import REPORT_FILE, Base, Effort, base_of
 
 RECIPES = ROOT / "examples" / "adapters"
 DATA = ROOT.parent / "shared" / "data" / "tasks"

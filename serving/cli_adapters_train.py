@@ -14,7 +14,7 @@ from signalbox.serving.cli_common import console, told
 
 if TYPE_CHECKING:
     from signalbox.adapters.train import Moment
-    from signalbox.serving.train_adapter import Watcher
+    from signalbox.serving.training import Watcher
 
 QUICKSTART = Path("examples/quickstart.yaml")
 
@@ -49,7 +49,8 @@ def train_command(
     from signalbox.adapters.base import AdapterError
     from signalbox.adapters.train_data import TrainingError
     from signalbox.experts.models import ModelUnavailable
-    from signalbox.serving.train_adapter import Effort, Recipe, base_of, train_adapter
+    from signalbox.serving.train_adapter import Recipe, train_adapter
+    from signalbox.serving.training import Effort, base_of
 
     with told():
         try:
@@ -100,7 +101,7 @@ class watched:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Watcher:
-        from signalbox.serving.train_adapter import Watcher
+        from signalbox.serving.training import Watcher
 
         self._bars.start()
         return Watcher(self._say, self._trained, self._scored)

@@ -45,7 +45,8 @@ from signalbox.adapters.train_report import compare, mcnemar, paired_bootstrap, 
 from signalbox.experts.base import GenerateRequest
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.experts.engines import build_engine
-from signalbox.serving.train_adapter import Base, Recipe, codec_of, load_base
+from signalbox.serving.train_adapter import Recipe
+from signalbox.serving.training import Base, codec_of, load_base
 
 pytest.importorskip("peft", reason="pip install 'signalbox[train]'")
 CPU = torch.device("cpu")
