@@ -17,8 +17,11 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
     """
     kind = adapter_kind(path, limits)
     if kind not in limits.kinds:
+        served = " and ".join(limits.kinds) or "none"
+        needed = "engine: vllm and " if kind == "esft" else ""
         raise AdapterError(
-            f"{path} is an adapter of kind '{kind}'; the engine of {base.model} serves {', '.join(limits.kinds)}",
+            f"{path} is an adapter of kind '{kind}'; the expert with {base.model} takes {served}: for this one it needs "
+            f"{needed}{kind} in its adapter_kinds",
             code="unsupported_kind",
             tensor=esft_format.CONFIG if kind == "esft" else peft_format.CONFIG,
         )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from signalbox.adapters.base import Kind
 from signalbox.experts.speed_model import SpeedModel
 
 
@@ -60,6 +61,29 @@ class ExpertFacts(Strict):
     routable: bool = Field(True, description="whether `auto` may choose it; by name it can always be asked for")
 
 
+class EsftServing(Strict):
+    """Room for ESFT adapters, whole experts of which are exchanged, beside one mixture-of-experts base."""
+
+    experts_per_layer: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="tuned experts that an adapter may have in a layer, on average over max_adapters adapters: each "
+        "layer has rows for max_adapters times as many. Rows cost address space; memory goes to those in use",
+    )
+    memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="device memory kept for adapters' experts, GiB, over the replica's GPUs together, out of the "
+        "expert's share; default: for 0.64 of those rows, what published adapters fill of their fullest layer's",
+    )
+    rows: Literal["full", "difference4"] = Field(
+        "full",
+        description="how a tuned expert is kept: full, in the model's precision; difference4, as 4-bit differences to "
+        "the base's expert, which is about a quarter of the bytes for a small loss",
+    )
+
+
 class LocalExpert(ExpertFacts):
     """A model whose weights are on this machine, whatever engine runs it.
 
@@ -80,6 +104,20 @@ class LocalExpert(ExpertFacts):
         0, ge=0, le=256, description="adapters loaded at once in each replica, all served in one batch; 0: none"
     )
     max_adapter_rank: int = Field(16, gt=0, le=512, description="highest LoRA rank that an adapter may have")
+    adapter_kinds: tuple[Kind, ...] = Field(
+        ("lora",),
+        min_length=1,
+        max_length=2,
+        description="kinds of adapters that it takes: lora, esft (whole experts, with vLLM on a mixture of experts) or "
+        "both; max_adapters counts them together",
+    )
+
+    @field_validator("adapter_kinds")
+    @classmethod
+    def _each_once(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("names a kind twice")
+        return kinds
 
     @property
     def has_weights(self) -> bool:
@@ -98,6 +136,20 @@ class TransformersExpert(LocalExpert):
     threads: int | None = Field(None, gt=0, description="torch threads on CPU; default: all cores")
     prefill_tokens: int = Field(512, ge=16, description="most prompt tokens computed between two decode steps")
     kv_cache_mib: int = Field(2048, gt=0, description="most memory for the KV cache, MiB")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_esft(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "esft" in data:
+            raise ValueError("esft is for `engine: vllm`: this engine takes LoRA adapters alone")
+        return data
+
+    @field_validator("adapter_kinds")
+    @classmethod
+    def _lora_alone(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        if "esft" in kinds:
+            raise ValueError("ESFT adapters need `engine: vllm`; this engine takes lora alone")
+        return kinds
 
 
 class VllmExpert(LocalExpert):
@@ -151,6 +203,9 @@ class VllmExpert(LocalExpert):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, max_length=128, description="further arguments of vLLM's AsyncEngineArgs, by its names"
     )
+    esft: EsftServing | None = Field(
+        None, description="room for ESFT adapters, where adapter_kinds names them; {} for the defaults"
+    )
 
     @property
     def has_weights(self) -> bool:
@@ -177,6 +232,23 @@ class VllmExpert(LocalExpert):
     def parallel(self) -> int:
         """GPUs that share each layer."""
         return self.tensor_parallel_size or max(1, int(self.gpu_share))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _esft_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("esft") is None and "esft" in (data.get("adapter_kinds") or ()):
+            return {**data, "esft": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _esft_fits(self) -> Self:
+        if "esft" not in self.adapter_kinds:
+            if self.esft is not None:
+                raise ValueError("esft is given and adapter_kinds does not name it: set adapter_kinds: [esft, lora]")
+            return self
+        if not self.max_adapters:
+            raise ValueError("adapter_kinds names esft and max_adapters is 0: set how many adapters are loaded at once")
+        return self
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:

@@ -294,8 +294,8 @@ def adapter_limits(config: Config, base: str) -> Limits:
     named = tuple(adapter.path for adapter in config.adapters.values())
     watched = (files.watch,) if files.watch is not None else ()
     expert = config.experts[base]
-    rank = expert.max_adapter_rank if isinstance(expert, LocalExpert) else 0
-    return Limits((*files.roots, *watched, *named), max_bytes=files.max_mib << 20, max_rank=rank, kinds=("lora",))
+    rank, kinds = (expert.max_adapter_rank, expert.adapter_kinds) if isinstance(expert, LocalExpert) else (0, ())
+    return Limits((*files.roots, *watched, *named), max_bytes=files.max_mib << 20, max_rank=rank, kinds=kinds)
 
 
 def _problems(config: Config) -> list[Problem]:

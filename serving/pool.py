@@ -189,7 +189,9 @@ def _is_called(target: Target, name: str) -> bool:
 def _version_of_expert(config: ExpertConfig) -> str:
     """A hash of what in its configuration bears on its answers; what it is said to cost or to be does not."""
     said = {"price", "latency", "license", "description", "parameters", "released", "routable", "bytes_per_token"}
-    return hash_of(config.model_dump(mode="json", exclude=said | {"max_adapters", "max_adapter_rank"}))
+    room = {"max_adapters", "max_adapter_rank", "adapter_kinds"}  # for adapters, whatever their answers
+    exclude: dict[str, Any] = dict.fromkeys(said | room, True) | {"esft": {"experts_per_layer", "memory_gib"}}
+    return hash_of(config.model_dump(mode="json", exclude=exclude))
 
 
 def hash_of(value: Any) -> str:

@@ -114,7 +114,7 @@ def save_esft_adapter(
 
 
 def save_esft_adapters(folder: Path, base_folder: Path, count: int) -> list[Path]:
-    """Adapters 0, 1, ... of three to five tuned experts in each layer, other ones in each; every fourth skips a layer."""
+    """Adapters of three to five tuned experts in each layer, other ones in each; every fourth leaves out a layer."""
     layers = moe_layers(base_folder)
     made = []
     for i in range(count):

@@ -50,6 +50,6 @@ def test_refused_with_its_reason(name: str, base: Path, moe_base: Path, root: Pa
 
 def test_a_kind_that_the_engine_does_not_serve(moe_base: Path, root: Path, limits: Limits) -> None:
     folder = write_esft(root / "esft", esft_tensors(moe_base))
-    with pytest.raises(AdapterError, match=r"of kind 'esft'.* serves lora") as caught:
+    with pytest.raises(AdapterError, match=r"of kind 'esft'.* takes lora.* needs engine: vllm") as caught:
         validate(folder, base_shape(moe_base), dataclasses.replace(limits, kinds=("lora",)))
     assert (caught.value.code, caught.value.tensor) == ("unsupported_kind", "expert_cfg.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from signalbox.experts.catalog import EsftServing, VllmExpert
 from signalbox.serving.config import Config, ConfigError, adapter_limits, load_config, missing_environment
 
 MINIMAL = """\
@@ -329,6 +330,45 @@ def test_adapters_that_cannot_be(tmp_path: Path, line: str, said: str) -> None:
     for folder in ("model", "there"):
         (tmp_path / folder).mkdir()
     assert complaints(write(tmp_path, ADAPTERS + line)) == [said]
+
+
+ESFT = "experts:\n  moe: {engine: %s, model: ./model, %s}\n"
+
+
+def test_esft_is_served_by_vllm_in_rows_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = load(write(tmp_path, ESFT % ("vllm", "max_adapters: 9, adapter_kinds: [esft]")))
+    moe = config.experts["moe"]
+    assert isinstance(moe, VllmExpert) and moe.esft == EsftServing()
+    limits = adapter_limits(config, "moe")
+    assert limits.kinds == ("esft",) and limits.max_bytes == 8 << 30
+    both = "max_adapters: 9, adapter_kinds: [esft, lora], esft: {rows: difference4, memory_gib: 2.5}"
+    config = load(write(tmp_path, ESFT % ("vllm", both)))
+    moe = config.experts["moe"]
+    assert isinstance(moe, VllmExpert) and moe.esft == EsftServing(rows="difference4", memory_gib=2.5)
+    assert adapter_limits(config, "moe").kinds == ("esft", "lora")
+    config = load(write(tmp_path, ESFT % ("vllm", "max_adapters: 9")))
+    assert adapter_limits(config, "moe").kinds == ("lora",)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "said"),
+    [
+        ("vllm", "adapter_kinds: [esft]", ": adapter_kinds names esft and max_adapters is 0: set how many adapters are loaded at once"),
+        ("vllm", "max_adapters: 9, esft: {}", ": esft is given and adapter_kinds does not name it: set adapter_kinds: [esft, lora]"),
+        ("vllm", "max_adapters: 9, adapter_kinds: [esft, esft]", ".adapter_kinds: names a kind twice"),
+        ("vllm", "max_adapters: 9, adapter_kinds: []", ".adapter_kinds: must have at least 1 entries, not 0"),
+        ("vllm", "max_adapters: 9, adapter_kinds: esft", ".adapter_kinds: must be a list: [one, two]"),
+        ("vllm", "max_adapters: 9, adapter_kinds: [esft], esft: {row: full}", ".esft.row: unknown key; did you mean 'rows'?"),
+        ("vllm", "max_adapters: 9, adapter_kinds: [esft], esft: {rows: int4}", ".esft.rows: must be 'full' or 'difference4', not 'int4'"),
+        ("transformers", "max_adapters: 9, adapter_kinds: [lora, esft]", ".adapter_kinds: ESFT adapters need `engine: vllm`; this engine takes lora alone"),
+        ("transformers", "max_adapters: 9, esft: {}", ": esft is for `engine: vllm`: this engine takes LoRA adapters alone"),
+    ],
+)  # fmt: skip
+def test_esft_that_cannot_be_served(tmp_path: Path, engine: str, settings: str, said: str) -> None:
+    (tmp_path / "model").mkdir()
+    (message,) = complaints(write(tmp_path, ESFT % (engine, settings)))
+    assert message == f"signalbox.yaml:2: experts.moe{said}"
 
 
 ACCESS = """\
