@@ -20,7 +20,7 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
         served = " and ".join(limits.kinds) or "none"
         needed = "engine: vllm and " if kind == "esft" else ""
         raise AdapterError(
-            f"{path} is an adapter of kind '{kind}'; the expert with {base.model} takes {served}: for this one it needs "
+            f"{path} is an adapter of kind '{kind}'; the expert with {base.model} takes {served}: for this it needs "
             f"{needed}{kind} in its adapter_kinds",
             code="unsupported_kind",
             tensor=esft_format.CONFIG if kind == "esft" else peft_format.CONFIG,
