@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share: the interpreter's own process, and compilation for a GPU that is not there."""
+"""Shared by the tests of Triton kernels: the interpreter's own process, compilation for a GPU that is not there."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""The Triton kernels of `align_rows`. Imported only where they run.
+
+One launch and no atomics between programs: what a program needs to know of the others' work it finds out by itself,
+by looking at all picks. Of few picks (a decode step) each program owns some, and compares them with all to find how
+many come before in the same group. Of many (a prompt) each program owns a group and puts all of its picks in place.
+How much room the groups before take, it counts. Compiled by the block's size and the power of two above the number of
+rows, never by the number of picks.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from signalbox.kernels.align import Alignment, capacity
+
+FEW = 4096  # picks up to which programs own picks; two counts up to here fit into an int32
+OWN = 16
+FEW_CHUNK = 512  # picks looked at at a time
+MANY_CHUNK = 2048
+TOGETHER = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES: tl.constexpr):
+    """The group of pick i: its row or that row's base; num_rows for absent rows, num_rows + 1 for no pick."""
+    row = tl.load(rows + i, mask=i < picks, other=-1)
+    if DIFFERENCES:
+        base = tl.load(base_of + row - num_rows, mask=row >= num_rows, other=0)
+        row = tl.where(row >= num_rows, base, row)
+    return tl.where(i < picks, tl.where(row < 0, num_rows, row), num_rows + 1)
+
+
+@triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
+def align_few_kernel(
+    rows,
+    base_of,
+    sorted_ids,
+    block_rows,
+    padded,
+    picks,
+    blocks,
+    num_rows,
+    DIFFERENCES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    OWN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Puts OWN picks in place. GROUPS: power of two, at least num_rows + 2; PAD: power of two, at least BLOCK - 1."""
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    mine = groups_of(rows, base_of, own, picks, num_rows, DIFFERENCES)
+    counts = tl.zeros((GROUPS,), tl.int32)
+    found = tl.zeros((OWN, CHUNK), tl.int32)
+    for start in range(0, picks, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        theirs = groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES)
+        counts += tl.histogram(theirs, GROUPS)
+        # Picks of the same group in the low half, those of them that come before in the high half.
+        found += tl.where(theirs[None, :] == mine[:, None], tl.where(i[None, :] < own[:, None], TOGETHER + 1, 1), 0)
+    both = tl.sum(found, axis=1)
+    count = both % TOGETHER
+    place = both // TOGETHER
+    group = tl.arange(0, GROUPS)
+    room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
+    total = tl.sum(room, axis=0)
+    at = place + tl.sum(tl.where(group[None, :] < mine[:, None], room[None, :], 0), axis=1)
+    present = own < picks
+    tl.store(sorted_ids + at, own, mask=present)
+    # The first pick of a block names the block's row, the last pick of a group fills up its block.
+    tl.store(block_rows + at // BLOCK, tl.where(mine < num_rows, mine, -1), mask=present & (place % BLOCK == 0))
+    after = 1 + tl.arange(0, PAD)[None, :]
+    last = (present & (place == count - 1))[:, None]
+    rest = (BLOCK - 1 - place % BLOCK)[:, None]
+    tl.store(sorted_ids + at[:, None] + after, tl.zeros((OWN, PAD), tl.int32) + picks, mask=last & (after <= rest))
+    # There are no more blocks than picks, so that each program has its share of those that are not used.
+    tl.store(block_rows + own, tl.full((OWN,), -1, tl.int32), mask=(own >= total // BLOCK) & (own < blocks))
+    if tl.program_id(0) == 0:
+        tl.store(padded, total)
+
+
+@triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
+def align_many_kernel(
+    rows,
+    base_of,
+    sorted_ids,
+    block_rows,
+    padded,
+    picks,
+    blocks,
+    num_rows,
+    DIFFERENCES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Puts all picks of one group in place. GROUPS and PAD as above."""
+    mine = tl.program_id(0)
+    each = tl.arange(0, CHUNK)
+    counts = tl.zeros((GROUPS,), tl.int32)
+    for start in range(0, picks, CHUNK):
+        counts += tl.histogram(groups_of(rows, base_of, start + each, picks, num_rows, DIFFERENCES), GROUPS)
+    group = tl.arange(0, GROUPS)
+    room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
+    total = tl.sum(room, axis=0)
+    first = tl.sum(tl.where(group < mine, room, 0), axis=0)
+    own_room = tl.sum(tl.where(group == mine, room, 0), axis=0)
+    done = 0
+    for start in range(0, tl.where(own_room > 0, picks, 0), CHUNK):
+        i = start + each
+        equal = (groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES) == mine).to(tl.int32)
+        place = done + tl.cumsum(equal, axis=0) - 1
+        tl.store(sorted_ids + first + place, i, mask=equal > 0)
+        done += tl.sum(equal, axis=0)
+    pad = done + tl.arange(0, PAD)
+    tl.store(sorted_ids + first + pad, tl.zeros((PAD,), tl.int32) + picks, mask=pad < own_room)
+    row = tl.where(mine < num_rows, mine, -1)
+    for start in range(0, own_room // BLOCK, CHUNK):
+        tl.store(block_rows + first // BLOCK + start + each, row + each * 0, mask=start + each < own_room // BLOCK)
+    for start in range(total // BLOCK + mine * CHUNK, blocks, tl.num_programs(0) * CHUNK):
+        tl.store(block_rows + start + each, each * 0 - 1, mask=start + each < blocks)
+    if mine == 0:
+        tl.store(padded, total)
+
+
+def align_rows_triton(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None) -> Alignment:
+    """`align_rows` on a GPU, one launch."""
+    picks, size = rows.numel(), capacity(rows.numel(), block, num_rows)
+    # One allocation for all three; each begins where 16 bytes do, as kernels like to read them.
+    blocks = size // block
+    ends = [-(-size // 4) * 4, -(-size // 4) * 4 + -(-blocks // 4) * 4]
+    memory = torch.empty(ends[1] + 1, dtype=torch.int32, device=rows.device)
+    alignment = Alignment(memory[:size], memory[ends[0] : ends[0] + blocks], memory[ends[1] :])
+    if not picks:
+        memory.zero_()
+        return alignment
+    arguments = (rows, rows if base_of is None else base_of, *alignment, picks, blocks, num_rows)
+    sizes = {
+        "DIFFERENCES": base_of is not None,
+        "GROUPS": triton.next_power_of_2(num_rows + 2),
+        "BLOCK": block,
+        "PAD": triton.next_power_of_2(block),
+    }
+    if picks <= FEW:
+        align_few_kernel[(triton.cdiv(picks, OWN),)](*arguments, **sizes, OWN=OWN, CHUNK=FEW_CHUNK, num_warps=8)
+    else:
+        align_many_kernel[(num_rows + 1,)](*arguments, **sizes, CHUNK=MANY_CHUNK, num_warps=8)
+    return alignment

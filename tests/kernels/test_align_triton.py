@@ -1,0 +1,68 @@
+"""The alignment kernels against the definition: on a GPU where there is one, else by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.hopper import compile_for_hopper, run_interpreted
+from tests.kernels.test_align import check, random_rows
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in the interpreter's process")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is the process that runs the kernels")
+def test_kernels_in_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    from signalbox.kernels.align_triton import FEW_CHUNK, MANY_CHUNK, OWN, align_few_kernel, align_many_kernel
+
+    pointers = dict.fromkeys(("rows", "base_of", "sorted_ids", "block_rows", "padded"), "*i32")
+    for groups, block, differences in ((128, 16, True), (512, 64, False), (1024, 128, False)):
+        sizes = {"GROUPS": groups, "BLOCK": block, "PAD": block, "DIFFERENCES": differences}
+        for kernel, own in ((align_few_kernel, {"OWN": OWN, "CHUNK": FEW_CHUNK}), (align_many_kernel, None)):
+            _, usage = compile_for_hopper(kernel, pointers, sizes | (own or {"CHUNK": MANY_CHUNK}), num_warps=8)
+            assert usage["STACK"] == usage["LOCAL"] == 0
+
+
+@here
+@settings(max_examples=25 if INTERPRETED else 150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    picks=st.integers(0, 90),
+    num_rows=st.integers(1, 20),
+    differences=st.integers(0, 5),
+    used=st.integers(1, 30),
+    block=st.sampled_from([1, 16, 64]),
+    few=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@example(48, 324, 0, 200, 16, True, 0)
+@example(1300, 62, 40, 100, 16, True, 1)  # several chunks
+@example(1300, 62, 40, 1, 64, True, 2)
+@example(4200, 40, 9, 45, 16, False, 3)
+@example(4200, 40, 9, 1, 1, False, 4)  # more blocks of one group, and more unused ones, than are written at a time
+@example(4096, 60, 9, 1, 16, True, 5)  # the most that two counts in one integer must hold
+def test_picks_are_grouped_as_by_hand(
+    picks: int, num_rows: int, differences: int, used: int, block: int, few: bool, seed: int
+) -> None:
+    from signalbox.kernels import align_triton
+
+    rows, base_of = random_rows(picks, num_rows, differences, used, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align_triton, "FEW", 4096 if few else 0)
+        alignment = align_triton.align_rows_triton(
+            rows.to(DEVICE), block, num_rows, base_of.to(DEVICE) if differences else None
+        )
+    check(alignment, rows.tolist(), block, num_rows, base_of.tolist())
