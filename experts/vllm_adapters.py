@@ -1,9 +1,10 @@
-"""The adapters of a vLLM engine: checked by our own rules, rewritten in one plain form, held in vLLM's LoRA slots.
+"""The adapters of a vLLM engine: LoRA in vLLM's own slots, ESFT as rows of ExpertWeave's.
 
 vLLM scales every module by the configuration's one rank and alpha and says nothing of a `rank_pattern` or an
 `alpha_pattern`, whose adapters it would answer with wrongly. So it is never given a user's folder: it reads a copy of
 the validated tensors, all of one rank (zeros beyond a module's own) with the scaling multiplied into B, which is
-deleted once it is loaded. On the engine's event loop; files are read and written by threads.
+deleted once it is loaded. An ESFT adapter is read by vLLM's workers themselves, beside running steps, and asked after
+until it is there. On the engine's event loop; files are read and written by threads.
 """
 
 from __future__ import annotations
@@ -17,34 +18,39 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from signalbox.adapters.base import AdapterError, BaseShape, Limits, LoraAdapter
+from signalbox.adapters.base import AdapterError, BaseShape, Kind, Limits, LoraAdapter
 from signalbox.adapters.peft_format import CONFIG, WEIGHTS, read_lora
 from signalbox.adapters.slots import Slot
+from signalbox.adapters.validate import adapter_kind
 from signalbox.experts import vllm_versions
-from signalbox.experts.base import ExpertUnavailable, InvalidRequest, Unsupported
+from signalbox.experts.base import ExpertUnavailable, InvalidRequest, QueueFull, Unsupported
 from signalbox.experts.engine_adapters import EngineAdapters
+from signalbox.experts.vllm_versions import BASE, Bound
 
 if TYPE_CHECKING:
     from signalbox.experts.vllm_versions import Core
 
+_POLL_S = 0.02  # seconds between two looks at an adapter that loads
+
 
 class VllmAdapters(EngineAdapters):
-    """Adapters by version id; `core` and `shape` are set by `serve` once the engine runs."""
+    """Adapters by version id; `core` and `shape` are set by `serve` once the engine runs. `kinds` are those served."""
 
-    def __init__(self, expert: str, max_adapters: int, max_rank: int) -> None:
+    def __init__(self, expert: str, max_adapters: int, max_rank: int, kinds: tuple[Kind, ...]) -> None:
         super().__init__(expert, max_adapters, max_rank, _nothing)
+        self.kinds = kinds
         self._core: Core | None = None
         self._shape: BaseShape | None = None
         self._numbers = itertools.count(1)  # vLLM knows adapters by number; none comes again
-        self._requests: dict[str, Any] = {}  # vLLM's LoRARequest of each adapter that it may hold
+        self._bound: dict[str, Bound] = {}  # of each adapter that vLLM may hold
 
     def serve(self, core: Core, shape: BaseShape | None) -> None:
         """From now on adapters may be added; without a `shape` none ever can."""
         self._core, self._shape = core, shape
 
-    def lora_request(self, name: str | None) -> Any:
-        """What vLLM's generate takes for an adapter that is open; None for the base."""
-        return None if name is None else self._requests[name]
+    def bound(self, name: str | None) -> Bound:
+        """What vLLM is told of an adapter that is open; None for the base."""
+        return BASE if name is None else self._bound[name]
 
     async def add(self, name: str, path: str) -> None:
         """See `Engine.load`. Cancelled or refused, nothing of the adapter is left in vLLM."""
@@ -62,13 +68,15 @@ class VllmAdapters(EngineAdapters):
 
     async def _add(self, slot: Slot, path: str, core: Core, shape: BaseShape) -> None:
         """Into vLLM, or with an error not at all."""
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="signalbox-lora-"))
         try:
-            await asyncio.to_thread(self._rewrite, Path(path), folder, shape)
-            request = vllm_versions.lora_request(slot.name, next(self._numbers), folder)
-            self._requests[slot.name] = request
-            with vllm_versions.translated_load(self.expert, slot.name):
-                await core.add_lora(request)
+            kind = await asyncio.to_thread(adapter_kind, Path(path), Limits(roots=(Path(path),)))
+            if kind not in self.kinds:
+                served = " and ".join(self.kinds)
+                raise AdapterError(f"expert {self.expert!r} serves {served} adapters, not {kind}", code="wrong_kind")
+            if kind == "esft":
+                await self._add_esft(slot, path, core)
+            else:
+                await self._add_lora(slot, path, core, shape)
             slot.accepting = slot.leaving is None
         except BaseException as error:
             await self._forget(slot, core)
@@ -77,7 +85,39 @@ class VllmAdapters(EngineAdapters):
             raise
         finally:
             slot.loaded.set()
+
+    async def _add_lora(self, slot: Slot, path: str, core: Core, shape: BaseShape) -> None:
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="signalbox-lora-"))
+        try:
+            await asyncio.to_thread(self._rewrite, Path(path), folder, shape)
+            request = vllm_versions.lora_request(slot.name, next(self._numbers), folder)
+            self._bound[slot.name] = Bound(lora=request)
+            with vllm_versions.translated_load(self.expert, slot.name):
+                await core.add_lora(request)
+        finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def _add_esft(self, slot: Slot, path: str, core: Core) -> None:
+        """Raises `AdapterError`, and `QueueFull` where the device has no room for its experts."""
+        self._bound[slot.name] = Bound(slot=slot.index, salt=f"{slot.name}#{next(self._numbers)}")
+        with vllm_versions.translated_load(self.expert, slot.name):
+            await core.workers("expertweave_load", slot.index, path)
+            reports = await self._settled(core, slot, {"loading", "arrived"})
+        for report in reports:
+            if report["state"] == "failed":
+                if report["code"] in ("adapter_memory_full", "adapter_slots_full"):
+                    raise QueueFull(f"expert {self.expert!r}: {report['error']}", code=report["code"])
+                raise AdapterError(report["error"], code=report["code"], tensor=report["tensor"])
+
+    async def _settled(self, core: Core, slot: Slot, passing: set[str]) -> list[dict[str, Any]]:
+        """The workers' reports on a slot, once none of them is in a passing state."""
+        failed: list[dict[str, Any]] = []  # a failure is told once
+        while True:
+            reports = await core.workers("expertweave_poll", slot.index)
+            failed += [report for report in reports if report["state"] == "failed"]
+            if not any(report["state"] in passing for report in reports):
+                return failed + [report for report in reports if report["state"] != "failed"]
+            await asyncio.sleep(_POLL_S)
 
     def _rewrite(self, source: Path, folder: Path, shape: BaseShape) -> None:
         """Blocking. Raises `AdapterError`."""
@@ -91,10 +131,13 @@ class VllmAdapters(EngineAdapters):
 
     async def _forget(self, slot: Slot, core: Core) -> None:
         """Out of vLLM, then the slot is free. A dead core holds nothing."""
-        request = self._requests.pop(slot.name, None)
-        if request is not None:
-            with suppress(Exception):
-                await core.remove_lora(request)
+        bound = self._bound.pop(slot.name, BASE)
+        with suppress(Exception):
+            if bound.lora is not None:
+                await core.remove_lora(bound.lora)
+            elif bound.slot is not None:
+                await core.workers("expertweave_unload", bound.slot)
+                await self._settled(core, slot, {"loading", "arrived", "unloading"})
         self._table.give_back(slot)
 
 

@@ -36,6 +36,7 @@ from signalbox.experts.base import (
 )
 from signalbox.experts.catalog import VllmExpert
 from signalbox.experts.child_processes import alone_on_gpus, kill, with_children
+from signalbox.experts.expertweave.settings import WeaveSettings
 from signalbox.experts.models import resolve
 from signalbox.experts.prompts import PromptEncoder, check_length, check_logit_bias, tokenise, tokenise_reference
 from signalbox.experts.speed import Speed
@@ -97,7 +98,7 @@ class VllmEngine:
         self._memory = 0
         self._last_step = time.monotonic()
         self._closing = False
-        self._adapters = VllmAdapters(name, config.max_adapters, config.max_adapter_rank)
+        self._adapters = VllmAdapters(name, config.max_adapters, config.max_adapter_rank, config.adapter_kinds)
 
     # -- the Engine protocol -----------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class VllmEngine:
             async with alone_on_gpus(lambda gpu: self._say(f"waiting for the engine that starts on GPU {gpu}")):
                 self._say("starting vLLM")
                 await asyncio.to_thread(self._load, path)
+                if "esft" in self.config.adapter_kinds:
+                    await self._ready()[0].workers("expertweave_check")
         except ExpertError:
             await self.close()
             raise
@@ -144,8 +147,7 @@ class VllmEngine:
             self._place(request.request_id) as own_id,
             vllm_versions.translated(self.name, request.extra),
         ):
-            lora = self._adapters.lora_request(request.adapter)
-            outputs = core.generate(tokens, params, own_id, lora)
+            outputs = core.generate(tokens, params, own_id, self._adapters.bound(request.adapter))
             async with contextlib.aclosing(outputs):  # type: ignore[type-var]
                 async for output in outputs:
                     chunk = self._chunk(output, known)
@@ -179,8 +181,8 @@ class VllmEngine:
             self._place(request.request_id) as own_id,
             vllm_versions.translated(self.name, {}),
         ):
-            lora, params = self._adapters.lora_request(request.adapter), vllm_versions.scoring_params()
-            async for output in core.generate(prompt + answer, params, own_id, lora):
+            bound, params = self._adapters.bound(request.adapter), vllm_versions.scoring_params()
+            async for output in core.generate(prompt + answer, params, own_id, bound):
                 if output.prompt_logprobs:
                     scored = zip(answer, output.prompt_logprobs[len(prompt) :], strict=True)
                     bits = sum(vllm_versions.bits(known[token].logprob) for token, known in scored)
@@ -300,8 +302,17 @@ class VllmEngine:
 
             arguments["dtype"] = str(best_dtype(torch.device("cpu"))).removeprefix("torch.")
         on_cpu = vllm_versions.device_memory() is None
-        arguments |= vllm_versions.lora_arguments(config.max_adapters, config.max_adapter_rank, on_cpu=on_cpu)
+        if "lora" in config.adapter_kinds:
+            arguments |= vllm_versions.lora_arguments(config.max_adapters, config.max_adapter_rank, on_cpu=on_cpu)
+        if "esft" in config.adapter_kinds:
+            arguments |= self._weave().engine_arguments(on_cpu=on_cpu)
         return arguments | config.engine_args
+
+    def _weave(self) -> WeaveSettings:
+        esft = self.config.esft
+        assert esft is not None, "the configuration gives it where ESFT is served"
+        memory = int((esft.memory_gib or 0) * 2**30) // self.config.parallel
+        return WeaveSettings(self.config.max_adapters, esft.experts_per_layer, memory, esft.rows)
 
     def _ready(self) -> tuple[vllm_versions.Core, PromptEncoder]:
         if self._core is None or self._encoder is None or self._closing:

