@@ -1,0 +1,188 @@
+"""Expert rows stored as 4-bit differences to the base's, and the grouped matrix product that reads them.
+
+Fine-tuning moves weights little, so that the difference to the base expert needs few bits; and a product is linear:
+
+    out[p] = x[p // K] @ W(row of p).T,    x @ (base + difference).T = x @ base.T + x @ difference.T
+
+Picks of a base expert and of all adapters' variants of it therefore share blocks (`align_rows` with `base_of`): the
+base's row is read once for all, and of each variant a quarter of a row's bytes. Serving the base alone reads and
+computes what it does without adapters, and its results do not change by a bit. The idea of deltas beside a shared
+base is BitDelta's (Liu et al., arXiv 2402.10193); grouping by base expert is ours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from signalbox.kernels.align import Alignment
+
+# Fractions of the scale that just covers a group's greatest difference; smaller ones clip it for the others' sake.
+SCALES = (8 / 7, 1.0, 0.925, 0.85, 0.775, 0.7)
+LOWEST, HIGHEST = -8, 7
+
+
+class Differences(NamedTuple):
+    """Stored differences, contiguous and on one device. Memory of rows that no pick names is never touched.
+
+    packed: uint8 [R, N, K / 2]; scales: bf16 [R, K / group, N]; base_of: int32 [R], the full row that each adds to.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    base_of: Tensor
+
+
+class Blocks(NamedTuple):
+    """Block sizes of the kernel and how it is launched; `m` is also the block of the alignment."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def blocks_of(tokens: int, in_features: int) -> Blocks:
+    """Blocks for a step of so many tokens: bound by memory where they are few, by arithmetic where they are many.
+
+    Raises ValueError unless `in_features` is a multiple of 16.
+    """
+    if in_features % 16:
+        raise ValueError(f"{in_features} input features: the kernel needs a multiple of 16")
+    if tokens <= 32:
+        blocks = Blocks(16, 64, 128, 4, 4)
+    elif tokens <= 64:
+        blocks = Blocks(32, 64, 128, 4, 3)
+    elif tokens <= 96:
+        blocks = Blocks(32, 128, 64, 4, 3)
+    elif tokens <= 512:
+        blocks = Blocks(64, 128, 64, 4 if tokens <= 128 else 8, 3)
+    else:
+        blocks = Blocks(128, 128, 64, 8, 3)
+    return blocks._replace(k=min(blocks.k, in_features & -in_features))
+
+
+def group_of(in_features: int) -> int:
+    """How many neighbouring weights share a scale: 64, or less where the features are no multiple of 128.
+
+    Raises ValueError where they are no multiple of 32.
+    """
+    if in_features % 32:
+        raise ValueError(f"{in_features} input features: differences are packed in multiples of 32")
+    return min(128, in_features & -in_features) // 2
+
+
+def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+    """The difference tuned - base in 4 bits: packed uint8 [..., N, K / 2] and scales bf16 [..., K / group, N].
+
+    base, tuned: any float [..., N, K]. Each group of `group_of(K)` weights has the scale, of a few, whose error is
+    least in squares. A byte holds column j of a block of two groups in its low half and column j + group in its high
+    half, each as the integer -8 to 7 plus 8; so a group is one half of neighbouring bytes. Raises ValueError where the
+    shapes differ or K is no multiple of 32.
+    """
+    if base.shape != tuned.shape:
+        raise ValueError(f"base {list(base.shape)} and tuned {list(tuned.shape)} differ in shape")
+    if base.ndim > 2:  # one row after the other, for the sake of memory
+        both = [difference_of(*pair) for pair in zip(base.flatten(0, -3), tuned.flatten(0, -3), strict=True)]
+        packed, scales = (torch.stack(part).unflatten(0, base.shape[:-2]) for part in zip(*both, strict=True))
+        return packed, scales
+    group = group_of(base.shape[-1])
+    difference = (tuned.float() - base.float()).unflatten(-1, (-1, group))
+    extreme = difference.gather(-1, difference.abs().argmax(-1, keepdim=True))
+    best = torch.full_like(extreme, float("inf"))
+    scale, number = torch.zeros_like(extreme), torch.zeros_like(difference)
+    for fraction in SCALES:
+        # The greatest difference, of whichever sign, becomes -8: the side that reaches further.
+        tried = (extreme / LOWEST * fraction).to(torch.bfloat16).float()
+        rounded = torch.where(tried == 0, 0.0, difference / tried).round_().clamp_(LOWEST, HIGHEST)
+        error = (difference - rounded * tried).square_().sum(-1, keepdim=True)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+        number = torch.where(better, rounded, number)
+    nibbles = (number - LOWEST).to(torch.uint8).unflatten(-2, (-1, 2))
+    packed = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
+    return packed.flatten(-2), scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
+
+
+def unpack_difference(packed: Tensor, scales: Tensor) -> Tensor:
+    """The differences themselves, float32 [..., N, K], exactly what the kernel adds."""
+    group = packed.shape[-1] * 2 // scales.shape[-2]
+    halves = packed.unflatten(-1, (-1, group))
+    numbers = torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3, -2).float() + LOWEST
+    return (numbers * scales.float().transpose(-1, -2)[..., None]).flatten(-2)
+
+
+def apply_difference(base: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """base [..., N, K] plus its difference, rounded once to the base's dtype: the row as a plain one."""
+    return (base.float() + unpack_difference(packed, scales)).to(base.dtype)
+
+
+def woven_product(
+    x: Tensor,
+    full: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    *,
+    top_k: int,
+    differences: Differences | None = None,
+    topk_weights: Tensor | None = None,
+    blocks: Blocks | None = None,
+    usual_rows: int | None = None,
+) -> None:
+    """out[p] = x[p // top_k] @ W(rows[p]).T (* topk_weights[p]) for each pick p, zeros where rows[p] is -1.
+
+    x: [P / top_k, K]; full: [B, N, K] of x's dtype, rows contiguous in themselves; rows: int32 [P] in any shape; out:
+    contiguous [P, N]; topk_weights: float32 [P] in any shape. W(r) is full[r], from B on the full row base_of[r - B]
+    plus difference r - B. alignment: `align_rows(rows, blocks.m, B, differences.base_of)`; blocks: those of the step,
+    the default for P / top_k tokens. bf16, fp16 or fp32, sums in float32. Only the rows that picks name are read: both
+    tensors may be views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as `usual_rows`
+    different full rows need (all where it is None) and computes more all the same. Raises ValueError where the shapes
+    do not fit.
+    """
+    picks = rows.numel()
+    if x.ndim != 2 or x.shape[0] * top_k != picks or out.shape != (picks, full.shape[1]) or x.shape[1] != full.shape[2]:
+        raise ValueError(
+            f"x {list(x.shape)}, full rows {list(full.shape)}, {picks} picks of top {top_k} and out {list(out.shape)} "
+            "do not fit: they must be [P / top_k, K], [B, N, K], P and [P, N]"
+        )
+    if x.is_cuda:
+        from signalbox.kernels.difference_rows_triton import woven_product_triton
+
+        blocks = blocks or blocks_of(x.shape[0], x.shape[1])
+        woven_product_triton(x, full, rows, out, alignment, top_k, differences, topk_weights, blocks, usual_rows)
+    else:
+        out.copy_(grouped_product(x, full, rows, top_k=top_k, differences=differences, topk_weights=topk_weights))
+
+
+def grouped_product(
+    x: Tensor,
+    full: Tensor,
+    rows: Tensor,
+    *,
+    top_k: int,
+    differences: Differences | None = None,
+    topk_weights: Tensor | None = None,
+) -> Tensor:
+    """What `woven_product` writes, in plain PyTorch on any device: [P, N] of x's dtype, computed in float32 or above."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    flat = rows.flatten()
+    out = torch.zeros(len(flat), full.shape[1], dtype=wide, device=x.device)
+    for row in flat.unique().tolist():
+        if row < 0:
+            continue
+        of = flat == row
+        if row < len(full):
+            weight = full[row].to(wide)
+        else:
+            assert differences is not None, f"row {row} is a difference, but none are given"
+            i = row - len(full)
+            weight = full[differences.base_of[i]].to(wide)
+            weight = weight + unpack_difference(differences.packed[i], differences.scales[i])
+        out[of] = x[of.nonzero().flatten() // top_k].to(wide) @ weight.T
+    if topk_weights is not None:
+        out *= topk_weights.reshape(-1, 1)
+    return out.to(x.dtype)

@@ -1,0 +1,152 @@
+"""The Triton kernel of `woven_product`. Imported only where it runs.
+
+A program computes one tile of the output, a block of picks by some output features: first the product with the full
+row that all picks of the block share, then, for each variant that picks of the block have, the product with its
+difference, where all other picks' inputs are zero. Both are sums in the same float32 tile. A difference's group of
+columns is what one multiplication of matrices takes, so that its scale is applied to the product, not to the weights.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from signalbox.kernels.align import Alignment, capacity
+from signalbox.kernels.difference_rows import Blocks, Differences, group_of
+
+NONE = tl.constexpr(2**31 - 1)
+# The float32 2^23 + u has u in its lowest bits: a way from small integers to floats without the slow conversion.
+MAGIC = tl.constexpr(0x4B000000)
+MAGIC_AND_EIGHT = tl.constexpr(2.0**23 + 8)
+
+
+@triton.jit
+def signed(nibble, dtype: tl.constexpr):
+    """0 to 15 in uint8 as -8 to 7 in a float dtype."""
+    return ((nibble.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True) - MAGIC_AND_EIGHT).to(dtype)
+
+
+@triton.jit(do_not_specialize=["picks", "num_full"])
+def woven_product_kernel(
+    x,
+    full,
+    packed,
+    scales,
+    rows,
+    topk_weights,
+    out,
+    sorted_ids,
+    block_rows,
+    padded,
+    picks,
+    num_full,
+    x_row,
+    full_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[p] = x[p // TOP_K] @ W(rows[p]).T over the blocks of an alignment; BLOCK_K divides K."""
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.load(padded) // BLOCK_M * n_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        block = tile // n_blocks
+        n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Columns beyond the last are computed, as others that exist, and not stored.
+        n_read = n % N
+        row = tl.load(block_rows + block)
+        pick = tl.load(sorted_ids + block * BLOCK_M + m)
+        real = pick < picks
+        if DIFFERENCES:
+            variants = tl.load(rows + pick, mask=real, other=-1) - num_full
+            variant = tl.min(tl.where(variants >= 0, variants, NONE), axis=0)
+        x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
+        full_at = full + row.to(tl.int64) * full_row + n_read[:, None] * K
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, tl.where(row < 0, 0, K), BLOCK_K):
+            xs = tl.load(x_at + (k0 + k), mask=real[:, None], other=0.0)
+            ws = tl.load(full_at + (k0 + k))
+            acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
+        if DIFFERENCES:
+            j = tl.arange(0, GROUP)[None, :]
+            while variant < NONE:
+                hit = (variants == variant)[:, None]
+                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+                scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
+                for g in range(0, K // GROUP, 2):
+                    both = tl.load(packed_at + g // 2 * GROUP)
+                    low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
+                    high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
+                    low_scale = tl.load(scales_at + g * N).to(tl.float32)[None, :]
+                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)[None, :]
+                    low = tl.trans(signed(both & 15, x.dtype.element_ty))
+                    high = tl.trans(signed(both >> 4, x.dtype.element_ty))
+                    acc += tl.dot(low_x, low, input_precision="ieee") * low_scale
+                    acc += tl.dot(high_x, high, input_precision="ieee") * high_scale
+                variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
+        if WEIGHTED:
+            acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
+        out_at = out + pick.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
+
+
+def woven_product_triton(
+    x: Tensor,
+    full: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    top_k: int,
+    differences: Differences | None,
+    topk_weights: Tensor | None,
+    blocks: Blocks,
+    usual_rows: int | None,
+) -> None:
+    """`woven_product` on a GPU, one launch. Raises ValueError for memory that is laid out otherwise."""
+    num_full, features, inner = full.shape
+    if full.stride()[1:] != (inner, 1) or x.stride(1) != 1 or not (out.is_contiguous() and rows.is_contiguous()):
+        raise ValueError("full rows and inputs must be contiguous in themselves, rows and out altogether")
+    if alignment.sorted_ids.shape[0] != alignment.block_rows.shape[0] * blocks.m or inner % blocks.k:
+        raise ValueError(f"{blocks} fit neither this alignment nor {inner} input features: align by `blocks.m` picks")
+    picks = rows.numel()
+    if not picks:
+        return
+    wide = min(len(alignment.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)
+    # What is not used is given something of its type.
+    stored = differences or Differences(rows, rows, rows)
+    woven_product_kernel[(wide * triton.cdiv(features, blocks.n),)](
+        x,
+        full,
+        stored.packed,
+        stored.scales,
+        rows,
+        rows if topk_weights is None else topk_weights,
+        out,
+        *alignment,
+        picks,
+        num_full,
+        x.stride(0),
+        full.stride(0),
+        N=features,
+        K=inner,
+        TOP_K=top_k,
+        GROUP=group_of(inner) if differences else 0,
+        DIFFERENCES=differences is not None,
+        WEIGHTED=topk_weights is not None,
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
