@@ -28,7 +28,10 @@ __all__ = [
     "VirtualTensor",
     "open_pool",
     "row_tensor",
+    "row_tensors",
 ]
+
+ALIGNMENT = 256  # bytes at which each part of a row begins: as torch's own allocations do on a GPU
 
 # What `__cuda_array_interface__` calls an element of so many bytes; bf16 and fp8 have no name there.
 _INTEGERS = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8"}
@@ -271,3 +274,26 @@ def row_tensor(
     if device.type != "cuda" or device.index not in (None, pool.device):
         raise ValueError(f"the pool's pages are on cuda:{pool.device} and the tensor is wanted on {device}")
     return VirtualTensor(pool, shape, dtype)
+
+
+def row_tensors(
+    rows: int,
+    parts: Sequence[tuple[Sequence[int], torch.dtype]],
+    device: torch.device | str,
+    pool: PagePool | None,
+) -> tuple[RowTensor, list[Tensor]]:
+    """Several tensors whose rows come and go together, side by side: row r of each is in row r of one `RowTensor`.
+
+    parts: (shape of a row, dtype) of each. Returns the rows, and a view [rows, *shape] for each part, contiguous but
+    for dimension 0. A load then wastes the rest of one page, not of one for each part, and makes one call.
+    """
+    starts, width = [], 0
+    for shape, dtype in parts:
+        starts.append(width)
+        width += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    held = row_tensor((rows, width), torch.uint8, device, pool)
+    views = [
+        held.tensor[:, start : start + math.prod(shape) * dtype.itemsize].view(dtype).unflatten(1, tuple(shape))
+        for start, (shape, dtype) in zip(starts, parts, strict=True)
+    ]
+    return held, views

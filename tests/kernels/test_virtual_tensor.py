@@ -1,4 +1,4 @@
-"""The virtual weight tensor: against a fake driver that keeps the real one's rules, and on a GPU where there is one."""
+"""The virtual weight tensor against a fake driver that keeps the real one's rules; on a GPU: test_virtual_tensor_gpu."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from signalbox.kernels import virtual_tensor
 from signalbox.kernels.pages import DriverError, OutOfPages, PagePool, pages_of_rows
-from signalbox.kernels.virtual_tensor import PaddedTensor, RowTensor, VirtualTensor, open_pool, row_tensor
+from signalbox.kernels.virtual_tensor import PaddedTensor, VirtualTensor, open_pool, row_tensor, row_tensors
 from tests.kernels.fake_cuda_driver import FakeDriver, host_tensor
 
 PAGE = FakeDriver.page
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # [rows, ...] of bf16: rows of 0.6, 1.4, 2.75 and exactly 2 of the fake's pages, and 17 to a page
 SHAPES = [(40, 1230), (40, 2868), (24, 5632), (16, 4096), (200, 120)]
 
@@ -53,7 +52,7 @@ def test_only_mapped_rows_take_memory_and_neighbours_share_a_page(driver: FakeDr
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.float32])
 def test_any_element_type(driver: FakeDriver, dtype: torch.dtype) -> None:
     pool = PagePool(0, None, driver=driver)
-    tensor = row_tensor_on_the_fake(pool, (3, 70, 30), dtype)
+    tensor = row_tensor((3, 70, 30), dtype, "cuda:0", pool)
     tensor.map_rows([0, 2])
     tensor.tensor[2] = torch.ones(70, 30).to(dtype)
     assert tensor.row_bytes == 2100 * dtype.itemsize and bool((tensor.tensor[2].float() == 1).all())
@@ -61,8 +60,25 @@ def test_any_element_type(driver: FakeDriver, dtype: torch.dtype) -> None:
     pool.close()
 
 
-def row_tensor_on_the_fake(pool: PagePool, shape: tuple[int, ...], dtype: torch.dtype) -> RowTensor:
-    return row_tensor(shape, dtype, torch.device("cuda", 0), pool)
+def test_parts_side_by_side_waste_the_rest_of_one_page(driver: FakeDriver) -> None:
+    """bf16 [30, 70] and [70, 15], and their scales: 6,300 bytes, each part at a multiple of 256 bytes."""
+    pool = PagePool(0, None, driver=driver)
+    parts = [((30, 70), torch.bfloat16), ((70, 15), torch.bfloat16), ((3,), torch.float32)]
+    width = 4352 + 2304 + 256
+    for device, source in (("cuda", pool), ("cpu", None)):
+        rows, (first, second, scales) = row_tensors(12, parts, device, source)
+        assert rows.row_bytes == width and first.shape == (12, 30, 70) and first.stride() == (width // 2, 70, 1)
+        rows.map_rows([2, 3, 11])
+        assert source is None or rows.mapped_bytes == PAGE * len(pages_of_rows([2, 3, 11], width, PAGE))
+        for row in (2, 3, 11):
+            first[row], second[row], scales[row] = row, -row, row / 2
+        assert all(
+            bool((part[row] == value).all()) for row in (2, 3, 11) for part, value in ((first, row), (second, -row))
+        )
+        assert scales[[2, 3, 11]].tolist() == [[1, 1, 1], [1.5, 1.5, 1.5], [5.5, 5.5, 5.5]]
+        del first, second, scales
+        rows.close()
+    pool.close()
 
 
 def test_a_load_maps_in_few_calls(driver: FakeDriver) -> None:
@@ -287,122 +303,3 @@ def test_without_virtual_memory_all_rows_are_allocated() -> None:
     assert tensor.mapped_rows == {3} and bool((tensor.tensor[3] == 1).all())
     tensor.close()
     assert tensor.mapped_rows == frozenset()
-
-
-# The real driver.
-
-
-@pytest.fixture
-def gpu_pool() -> Iterator[PagePool]:
-    pool = open_pool("cuda", None)
-    assert pool is not None
-    yield pool
-    pool.close()
-
-
-@on_gpu
-def test_gpu_only_mapped_rows_take_memory(gpu_pool: PagePool) -> None:
-    """2.75 pages a row; the range is larger than the device."""
-    assert gpu_pool.page_bytes == 2 << 20
-    tensor = VirtualTensor(gpu_pool, (100_000, 1408, 2048), torch.bfloat16)
-    assert tensor.tensor.is_cuda and tensor.mapped_bytes == 0
-    gpu_pool.trim()
-    free, _ = torch.cuda.mem_get_info()
-    tensor.map_rows([7, 8, 90_000])
-    assert tensor.mapped_bytes == gpu_pool.pages_in_use * gpu_pool.page_bytes == 10 * (2 << 20)
-    assert free - torch.cuda.mem_get_info()[0] >= tensor.mapped_bytes
-    for row in (7, 8, 90_000):
-        tensor.tensor[row] = row % 128
-    tensor.unmap_rows([7])
-    tensor.map_rows([9])
-    tensor.tensor[9].normal_()
-    torch.cuda.synchronize()
-    assert all(bool((tensor.tensor[row] == row % 128).all()) for row in (8, 90_000))
-    tensor.close()
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.float32])
-def test_gpu_any_element_type(gpu_pool: PagePool, dtype: torch.dtype) -> None:
-    tensor = row_tensor((50, 700, 300), dtype, "cuda", gpu_pool)
-    tensor.map_rows([3])
-    tensor.tensor[3] = torch.ones(700, 300).to(dtype)
-    assert tensor.tensor.dtype == dtype and bool((tensor.tensor[3].float() == 1).all())
-    tensor.close()
-
-
-@on_gpu
-def test_gpu_a_graph_captured_before_a_load_reads_the_loaded_row(gpu_pool: PagePool) -> None:
-    tensor = VirtualTensor(gpu_pool, (32, 512, 512), torch.bfloat16)
-    tensor.map_rows([0])
-    tensor.tensor[0] = torch.eye(512, device="cuda", dtype=torch.bfloat16)
-    row, x = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
-    product = lambda: x @ tensor.tensor.index_select(0, row)[0]  # noqa: E731
-    product()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = product()
-    graph.replay()
-    assert torch.equal(y, x)
-    for loaded, factor in ((20, 2.0), (31, -4.0)):
-        tensor.map_rows([loaded])
-        tensor.tensor[loaded] = factor * torch.eye(512, device="cuda", dtype=torch.bfloat16)
-        row.fill_(loaded)
-        graph.replay()
-        assert torch.equal(y, factor * x)
-        torch.cuda.synchronize()
-        tensor.unmap_rows([loaded])
-        row.fill_(0)
-        graph.replay()
-        assert torch.equal(y, x)
-    torch.cuda.synchronize()
-    del graph
-    tensor.close()
-
-
-@on_gpu
-def test_gpu_loads_while_kernels_use_other_rows(gpu_pool: PagePool) -> None:
-    """A stream reads a row over and over while its neighbours, on the same pages, come and go."""
-    tensor = VirtualTensor(gpu_pool, (16, 1408, 2048), torch.bfloat16)
-    tensor.map_rows([5])
-    tensor.tensor[5] = 1
-    sums = torch.zeros(400, device="cuda")
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    for i in range(400):
-        with torch.cuda.stream(stream):
-            torch.mean(tensor.tensor[5], dtype=torch.float32, out=sums[i])
-        if i % 4 == 0:
-            tensor.map_rows([4, 6])
-            tensor.tensor[4] = 2
-            tensor.tensor[6] = 3
-            torch.cuda.current_stream().synchronize()
-            tensor.unmap_rows([4, 6])
-    torch.cuda.synchronize()
-    assert bool((sums == 1).all())
-    tensor.close()
-
-
-@on_gpu
-def test_gpu_out_of_memory_maps_nothing(gpu_pool: PagePool) -> None:
-    tensor = VirtualTensor(gpu_pool, (1 << 20, 1 << 20), torch.uint8)
-    tensor.map_rows([0, 1])
-    tensor.tensor[:2] = 9
-    with pytest.raises(OutOfPages):
-        tensor.map_rows(range(2, 1 << 19))  # 512 GiB
-    assert gpu_pool.pages_in_use == 1 and gpu_pool.pages_free == 0 and bool((tensor.tensor[:2] == 9).all())
-    tensor.close()
-
-
-@on_gpu
-def test_gpu_pages_return_after_200_random_loads(gpu_pool: PagePool) -> None:
-    shapes = [(40, 2816, 1024), (40, 1408, 2048), (30, 600, 700)]
-    tensors = [VirtualTensor(gpu_pool, shape, torch.bfloat16) for shape in shapes]
-    for tensor in tensors:
-        tensor.map_rows(range(4))
-    random_loads(gpu_pool, tensors, base=4, seed=2)
-    torch.cuda.synchronize()
-    for tensor in tensors:
-        tensor.close()
-    assert gpu_pool.pages_in_use == 0
