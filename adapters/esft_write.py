@@ -88,6 +88,7 @@ def _write_shards(
             for part, tensor in weights(layer, expert).items()
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors lets only the owner read; a service may run as another
         _flush(folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": one * len(order)}, "weight_map": dict(sorted(weight_map.items()))}

@@ -16,6 +16,7 @@ from signalbox.experts.catalog import ExpertConfig, LocalExpert
 from signalbox.serving import logs
 from signalbox.serving.cli_adapters import adapters_app
 from signalbox.serving.cli_client import chat_command, route_command
+from signalbox.serving.cli_esft import esft_app
 from signalbox.serving.cli_policy import policy_app
 from signalbox.serving.cli_router import router_app
 from signalbox.serving.config import Config, ConfigError, load_config, missing_environment
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(router_app, name="router")
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(esft_app, name="esft")
 app.add_typer(policy_app, name="policy")
 app.command("route")(route_command)
 app.command("chat")(chat_command)
