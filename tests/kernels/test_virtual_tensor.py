@@ -1,4 +1,4 @@
-"""The virtual weight tensor against a fake driver that keeps the real one's rules; on a GPU: test_virtual_tensor_gpu."""
+"""The virtual weight tensor against a fake driver with the real one's rules (on a GPU: `test_virtual_tensor_gpu`)."""
 
 from __future__ import annotations
 
