@@ -29,13 +29,14 @@ class ExpertRows:
     """The rows of one layer. experts: M, the base's rows; rows: M and those for adapters. Not thread-safe.
 
     A row from M on is free, or has holders: each adapter that one of its experts points there. Rows are found again
-    by a digest of their content.
+    by a digest of their content. `end` is one more than the highest row in use, the base's included: an attribute,
+    read in every step.
     """
 
     def __init__(self, experts: int, rows: int) -> None:
         if not 0 <= experts <= rows:
             raise ValueError(f"{rows} rows in total, of which {experts} are the base's: give at least as many rows")
-        self.experts, self.rows = experts, rows
+        self.experts, self.rows, self.end = experts, rows, experts
         self._free = list(range(experts, rows))  # a heap
         self._holders: dict[int, int] = {}
         self._digests: dict[int, bytes] = {}
@@ -46,11 +47,6 @@ class ExpertRows:
     def free(self) -> int:
         """Rows that `take` would still give."""
         return len(self._free)
-
-    @property
-    def end(self) -> int:
-        """One more than the highest row in use, the base's included."""
-        return max(self._holders, default=self.experts - 1) + 1
 
     def holders(self, row: int) -> int:
         """How many hold a row; 0 for a free one, and for the base's, which are always there."""
@@ -65,6 +61,7 @@ class ExpertRows:
             )
         taken = [heapq.heappop(self._free) for _ in range(count)]
         self._holders.update(dict.fromkeys(taken, 1))
+        self.end = max([self.end, *(row + 1 for row in taken)])
         return taken
 
     def keep(self, row: int, digest: bytes) -> None:
@@ -113,6 +110,8 @@ class ExpertRows:
                 self._base_of.pop(row, None)
                 heapq.heappush(self._free, row)
                 freed.append(row)
+        if self.end - 1 in freed:
+            self.end = max(self._holders, default=self.experts - 1) + 1
         return sorted(freed)
 
     def stand_in(self, row: int, base: int) -> None:
