@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from signalbox.adapters.registry_protocols import (
     DataLost,
     Fleet,
     GatewayReport,
+    NoRoom,
     NoSlot,
     RecordStore,
     ReplicaLost,
@@ -39,6 +41,15 @@ SLOT_WAIT_S = 30.0  # that a new adapter waits for a slot when all are in use
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 15.0  # between two attempts on one replica
 
 Key = tuple[str, str]  # replica id, version id
+
+
+@dataclass(slots=True, frozen=True)
+class _Crowded:
+    """A replica's engine had no room for a version beside these; there is no use in asking before one of them goes."""
+
+    beside: frozenset[str]
+    reason: str
+    code: str
 
 
 class Reconciler:
@@ -72,7 +83,8 @@ class Reconciler:
         # Memory that a successor can do without.
         self._tries: dict[Key, tuple[int, float]] = {}  # failed attempts, and when the next one is due
         self._refused: dict[Key, AdapterError] = {}
-        self._blocked: dict[str, float] = {}  # since when a version has waited for a slot
+        self._crowded: dict[Key, _Crowded] = {}
+        self._blocked: dict[str, float] = {}  # since when a version has waited for a slot or for room
 
     async def tick(self) -> None:
         """Look once at everything and start what is to be done. Raises `StoreLost`, `Fenced`."""
@@ -255,18 +267,30 @@ class Reconciler:
         if key in self._actions or key in self._unseen or self._clock() < self._tries.get(key, (0, 0.0))[1]:
             return
         pending = {other for at, other in (*self._actions, *self._unseen) if at == replica}
-        others = (pending | set(report.adapters)) - {vid}
-        if len(others) < report.max_adapters:
+        others = frozenset((pending | set(report.adapters)) - {vid})
+        crowded = self._crowded.get(key)
+        if crowded is not None and pending:
+            return  # two that are loaded at once can keep each other out
+        if len(others) < report.max_adapters and (crowded is None or not crowded.beside <= others):
             self._blocked.pop(vid, None)
             folder = self._storage.folder(version.content_hash)
-            self._act(key, self._fleet.load(record.base, replica, vid, folder, version.content_hash))
+            load = self._fleet.load(record.base, replica, vid, folder, version.content_hash)
+            self._act(key, load, beside=others)
         elif all(self._wanted(record.base, replica, other) for other in others):  # else one of them is about to go
-            await self._make_room(record, version, report, live)
+            await self._make_room(record, version, report, live, crowded)
 
     async def _make_room(
-        self, record: Record, version: Version, crowded: ReplicaReport, live: Mapping[str, ReplicaReport]
+        self,
+        record: Record,
+        version: Version,
+        report: ReplicaReport,
+        live: Mapping[str, ReplicaReport],
+        crowded: _Crowded | None,
     ) -> None:
-        """Evict what was not used for longest. Where nothing may go, wait a while, then give up."""
+        """Evict what was not used for longest. Where nothing may go, wait a while, then give up.
+
+        Where room is short and not slots, another kind of adapter would leave none that this one could use.
+        """
         vid = version_id(record.name, version.number)
         in_flight: dict[str, int] = {}
         for gateway in self._gateways.values():
@@ -274,11 +298,14 @@ class Reconciler:
                 in_flight[used] = in_flight.get(used, 0) + count
         others = [r for r in self._ledger.records.values() if r.name != record.name and r.base == record.base]
         candidates = [r for r in others if evictable(r)]
-        victim = choose_victim(candidates, crowded, live, in_flight, residency_s=self._residency_s)
+        if crowded is not None:
+            candidates = [r for r in candidates if r.serving is not None and r.serving.kind == version.kind]
+        victim = choose_victim(candidates, report, live, in_flight, residency_s=self._residency_s)
         if victim is not None and victim.current is not None:
             number = victim.current
+            what = "slot" if crowded is None else "room"
             await self._ledger.commit(
-                victim.name, lambda r: transitions.evict(r, number, f"its slot went to {vid}", self._wall())
+                victim.name, lambda r: transitions.evict(r, number, f"its {what} went to {vid}", self._wall())
             )
             return
         moving = any(v.phase in ("staged", "draining") and not r.evicted for r in others for v in r.versions)
@@ -286,12 +313,24 @@ class Reconciler:
         if (candidates or moving) and self._clock() - since < SLOT_WAIT_S:
             return
         self._blocked.pop(vid, None)
-        reason = (
-            f"no slot is free on replica {crowded.replica_id}: all {crowded.max_adapters} are pinned or in use; "
-            "remove or unpin an adapter, or raise max_adapters"
-        )
+        if crowded is None:
+            code, reason = (
+                "no_slot",
+                (
+                    f"no slot is free on replica {report.replica_id}: all {report.max_adapters} are pinned or in use; "
+                    "remove or unpin an adapter, or raise max_adapters"
+                ),
+            )
+        else:
+            code, reason = (
+                crowded.code,
+                (
+                    f"no room on replica {report.replica_id} ({crowded.reason}), and no adapter may go; "
+                    "remove or unpin one, or give the expert more (`esft`)"
+                ),
+            )
         if version.loaded_at is None:
-            await self._fail(record.name, version.number, reason, "no_slot")
+            await self._fail(record.name, version.number, reason, code)
         elif not record.holders:
             await self._ledger.commit(record.name, lambda r: transitions.evict(r, version.number, reason, self._wall()))
 
@@ -315,14 +354,18 @@ class Reconciler:
         record = self._ledger.records.get(name)
         return record is not None and record.base == base and record.current == number and bool(record.holders)
 
-    def _act(self, key: Key, work: Coroutine[Any, Any, None]) -> None:
+    def _act(self, key: Key, work: Coroutine[Any, Any, None], *, beside: frozenset[str] = frozenset()) -> None:
         async def act() -> None:
             try:
                 await work
                 self._tries.pop(key, None)
+                self._crowded.pop(key, None)
             except AdapterError as error:
                 self._refused[key] = error
                 self._pause(key)
+            except NoRoom as error:
+                log.info("adapter %s on replica %s: %s", key[1], key[0], error)
+                self._crowded[key] = _Crowded(beside, str(error), error.code)
             except (NoSlot, ReplicaLost) as error:
                 log.info("adapter %s on replica %s: %s", key[1], key[0], error)
                 self._pause(key)
@@ -347,4 +390,5 @@ class Reconciler:
         self._ledger.forget_ceased(known)
         self._tries = {key: value for key, value in self._tries.items() if key[1] in known}
         self._refused = {key: value for key, value in self._refused.items() if key[1] in known}
+        self._crowded = {key: value for key, value in self._crowded.items() if key[1] in known}
         self._blocked = {vid: at for vid, at in self._blocked.items() if vid in known}

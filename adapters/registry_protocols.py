@@ -38,6 +38,14 @@ class NoSlot(Exception):
     """The replica has no free slot."""
 
 
+class NoRoom(Exception):
+    """The replica has a free slot, but its engine no room beside the other adapters. `code` is the engine's."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ReplicaLost(Exception):
     """The replica has gone, does not answer or is not ready: it may work later, or elsewhere."""
 
@@ -94,7 +102,7 @@ class Fleet(Protocol):
     async def load(self, base: str, replica_id: str, version: str, path: str, content_hash: str) -> None:
         """Load a version on one replica and have it answer a canary request. Nothing happens where it is loaded.
 
-        Raises `AdapterError` where the replica refuses it for good, `NoSlot`, `ReplicaLost`.
+        Raises `AdapterError` where the replica refuses it for good, `NoSlot`, `NoRoom`, `ReplicaLost`.
         """
 
     async def unload(self, base: str, replica_id: str, version: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from signalbox.adapters.base import AdapterError
 from signalbox.adapters.lifecycle import ReplicaReport
-from signalbox.adapters.registry_protocols import NoSlot, ReplicaLost
+from signalbox.adapters.registry_protocols import NoRoom, NoSlot, ReplicaLost
 from signalbox.experts.base import ExpertError, InvalidRequest, QueueFull
 from signalbox.serving.adapter_replica import OneReplica
 
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 PROBE_S = 1.5  # a replica that does not answer within it does not count as alive
 LOAD_S = 600.0  # for an adapter of gigabytes from a slow disk
 UNLOAD_S = 600.0  # requests in flight are waited for
+OUT_OF_ROOM = ("adapter_slots_full", "adapter_memory_full")  # what an engine says that holds too much already
 
 
 async def probe(handle: DeploymentHandle[Any], timeout_s: float = PROBE_S) -> list[ReplicaReport]:
@@ -71,6 +72,8 @@ class ServeFleet:
         except Exception as error:  # the replica died or was stopped meanwhile, or does not answer
             response.cancel()
             raise ReplicaLost(f"replica {target.replica_id} of '{base}': {error!r}") from error
+        if isinstance(answer, QueueFull) and answer.code in OUT_OF_ROOM:
+            raise NoRoom(answer.message, answer.code)
         if isinstance(answer, QueueFull):
             raise NoSlot(answer.message)
         if isinstance(answer, InvalidRequest):

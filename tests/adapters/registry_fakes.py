@@ -18,6 +18,7 @@ from signalbox.adapters.registry_protocols import (
     DataLost,
     Fenced,
     GatewayReport,
+    NoRoom,
     NoSlot,
     ReplicaLost,
     StaleWrite,
@@ -168,9 +169,18 @@ class Gateway:
             self.said_at = self._server.clock()
 
 
+def size_of(content: str) -> int:
+    """`3` of `3!law`; 0 of a content without a size."""
+    size, mark, _ = content.partition("!")
+    return int(size) if mark else 0
+
+
 @dataclass
 class Replica:
-    """A replica with an engine that holds `slots` adapters. `refuses` are content hashes that it cannot load."""
+    """A replica with an engine that holds `slots` adapters. `refuses` are content hashes that it cannot load.
+
+    `room` is for adapters whose content is `SIZE!...`, all together; it is taken while they load, as an engine does.
+    """
 
     id: str
     slots: int
@@ -182,6 +192,11 @@ class Replica:
     alive: bool = True
     silent: bool = False
     gate: asyncio.Event | None = None  # loads wait for it
+    room: int = 0
+
+    def left(self) -> int:
+        """Room that no adapter takes."""
+        return self.room - sum(size_of(content) for content, _ in self.held.values())
 
     def report(self) -> ReplicaReport:
         now = self.clock()
@@ -278,6 +293,9 @@ class MemoryFleet:
             await asyncio.sleep(0)
             if not replica.alive or replica.nonce != nonce:
                 raise ReplicaLost("died while loading")
+            if replica.left() < 0:
+                del replica.held[version]
+                raise NoRoom("the memory kept for adapters is full", "adapter_memory_full")
             if content_hash in replica.refuses:
                 del replica.held[version]
                 raise AdapterError("the engine refuses it", code="refused")
@@ -308,7 +326,10 @@ class MemoryFleet:
 
 
 class MemoryStorage:
-    """An `AdapterStorage` whose paths are `HASH` for an adapter with this content, or `bad...` for a broken one."""
+    """An `AdapterStorage` whose paths are `HASH` for an adapter with this content, or `bad...` for a broken one.
+
+    `SIZE!...` is an ESFT adapter of that size.
+    """
 
     def __init__(self) -> None:
         self.dead = False
@@ -319,6 +340,8 @@ class MemoryStorage:
             await asyncio.Event().wait()
         if path.startswith("bad"):
             raise AdapterError("a tensor is missing", code="missing_tensor", tensor="lora_A")
+        if size_of(path):
+            return AdapterFacts("esft", path, path, 0, size_of(path), ("1.0",), 1000)
         return AdapterFacts("lora", path, path, 8, 1000, ("q_proj",), 1000)
 
     def folder(self, content_hash: str) -> str:

@@ -360,6 +360,80 @@ async def test_what_is_in_use_is_not_evicted() -> None:
     assert run.told("a")["evicted"] and run.told("b")["phase"] == "ready"
 
 
+def give_room(run: Run, room: int) -> None:
+    for replica in run.world.replicas["base"].values():
+        replica.room = room
+
+
+async def test_short_of_room_the_least_recently_used_of_the_kind_goes() -> None:
+    """Slots are free, but an engine has no memory for another ESFT adapter: a LoRA's going would not help."""
+    run = await running(slots=9)
+    give_room(run, 5)
+    for name, content in (("lora", "h-l"), ("old", "2!old"), ("new", "2!new")):
+        await run.registry.add(name, "base", content)
+        await run.ticks(3)
+        run.world.clock.now += 5
+    await run.registry.add("more", "base", "3!more")
+    await run.ticks(12)
+    assert {name: run.told(name)["phase"] for name in ("lora", "new", "more")} == dict.fromkeys(
+        ("lora", "new", "more"), "ready"
+    )
+    assert run.told("old")["evicted"] and "room went to more@1" in run.told("old")["reason"]
+    assert run.registry.settled and run.fleet.loads == 2 * 5  # each replica was asked once in vain
+    run.world.clock.now += 10
+    await run.registry.ensure("old")  # its place is with `new`: `more` alone would leave too little
+    await run.ticks(12)
+    assert run.told("old")["phase"] == "ready" and run.told("lora")["phase"] == "ready"
+
+
+async def test_several_make_room_for_a_large_one() -> None:
+    run = await running(slots=9)
+    give_room(run, 6)
+    for i in range(3):
+        await run.registry.add(f"small-{i}", "base", f"2!{i}")
+        await run.ticks(3)
+    run.world.clock.now += 10
+    await run.registry.add("large", "base", "4!large")
+    await run.ticks(24)
+    assert run.told("large")["phase"] == "ready"
+    assert sum(run.told(f"small-{i}")["evicted"] for i in range(3)) == 2
+
+
+async def test_no_room_and_nothing_that_may_go() -> None:
+    run = await running(slots=9)
+    give_room(run, 3)
+    await run.registry.add("pinned", "base", "2!pinned", pinned=True)
+    await run.registry.add("lora", "base", "h-l")
+    await run.ticks(4)
+    await run.registry.add("more", "base", "2!more")
+    await run.ticks(6)
+    told = run.told("more")
+    assert told["phase"] == "failed" and told["code"] == "adapter_memory_full"
+    assert "memory kept for adapters is full" in told["reason"] and "esft" in told["reason"]
+    assert run.told("pinned")["phase"] == run.told("lora")["phase"] == "ready"
+    await run.registry.remove("pinned")
+    await run.ticks(4)
+    await run.registry.add("more", "base", "2!more")
+    await run.ticks(6)
+    assert run.told("more")["phase"] == "ready"
+
+
+async def test_two_that_keep_each_other_out_are_loaded_one_after_the_other() -> None:
+    run = await running(slots=9)
+    give_room(run, 5)
+    gates = [asyncio.Event(), asyncio.Event()]
+    for replica, gate in zip(run.world.replicas["base"].values(), gates, strict=True):
+        replica.gate = gate
+    for name in "ab":
+        await run.registry.add(name, "base", f"3!{name}", pinned=True)
+    await run.ticks(3)
+    for gate in gates:  # both are in by now, and too large together
+        gate.set()
+    await run.ticks(12)
+    phases = sorted(run.told(name)["phase"] for name in "ab")
+    assert phases == ["failed", "ready"], phases
+
+
 async def test_too_many_names() -> None:
     world = World()
     run = Run(world)
