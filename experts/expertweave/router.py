@@ -59,7 +59,9 @@ def _is_plain_softmax(router: Any) -> bool:
     """Whether it takes the softmax's greatest of all experts, with no groups, bias or scaling."""
     if getattr(router, "scoring_func", None) != "softmax" or getattr(router, "custom_routing_function", None):
         return False
-    if getattr(router, "e_score_correction_bias", None) is not None or getattr(router, "num_fused_shared_experts", 0):
+    if getattr(router, "e_score_correction_bias", None) is not None or getattr(
+        router, "num_fused_shared_experts", None
+    ):
         return False
     groups = getattr(router, "num_expert_group", None) or 1
     return groups == 1 and getattr(router, "routed_scaling_factor", 1.0) == 1.0 and hasattr(router, "renormalize")

@@ -26,7 +26,7 @@ class WovenLayer:
 
     rows: who holds which row. table: int32 [slots + 1, experts] on the device, the row of each expert; its first row is
     the base's, row slot + 1 an adapter's. `store` keeps the weights, set once vLLM has made the base's. `lock` guards
-    `rows` and what is mapped. rank: int32 [rows] on the device, the order in which rows are computed.
+    `rows` and what is mapped.
     """
 
     def __init__(self, weave: Weave, number: int, experts: list[int]) -> None:
@@ -39,7 +39,6 @@ class WovenLayer:
         self.total_rows = held + settings.extra_rows
         self.table: Tensor = torch.tensor(experts, dtype=torch.int32).repeat(settings.slots + 1, 1)
         self.table = self.table.contiguous().to(weave.device)
-        self.rank: Tensor | None = None  # where the order of rows matters: a kernel that reads differences
         self.store: Any = None
         self.lock = threading.Lock()
 
