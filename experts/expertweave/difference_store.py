@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from signalbox.experts.expertweave.store import FullRows, Pack
+from signalbox.experts.expertweave.store import FullRows, Pack, take_all
 from signalbox.kernels.difference_rows import Differences, apply_difference, difference_of, group_of
 from signalbox.kernels.virtual_tensor import PagePool, RowTensor, row_tensor
 
@@ -19,13 +19,9 @@ class RoundedRows(FullRows):
     """
 
     def __init__(
-        self,
-        w13: RowTensor,
-        w2: RowTensor,
-        pack: Pack,
-        base: tuple[Tensor, Tensor],
+        self, parts: Sequence[RowTensor], w13: Tensor, w2: Tensor, pack: Pack, base: tuple[Tensor, Tensor]
     ) -> None:
-        super().__init__(w13, w2, pack)
+        super().__init__(parts, w13, w2, pack)
         self._base = base
 
     def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
@@ -66,16 +62,7 @@ class DifferenceRows:
 
     def take(self, rows: Sequence[int]) -> None:
         """See `Store`."""
-        entries = [row - self.base_rows for row in rows]
-        done: list[RowTensor] = []
-        try:
-            for tensor in self._tensors:
-                tensor.map_rows(entries)
-                done.append(tensor)
-        except BaseException:
-            for tensor in done:
-                tensor.unmap_rows(entries)
-            raise
+        take_all(self._tensors, [row - self.base_rows for row in rows])
 
     def give_back(self, rows: Sequence[int]) -> None:
         """See `Store`."""

@@ -37,7 +37,7 @@ def _on_cpu(vllm_class: type) -> type:
 
         def apply(self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, *args: Any, **kw: Any) -> None:
             store = self.woven.store
-            super().apply(output, hidden_states, store.w13.tensor, store.w2.tensor, *args, **kw)
+            super().apply(output, hidden_states, store.w13, store.w2, *args, **kw)
 
     return WovenCPUExperts
 
@@ -139,9 +139,9 @@ def _on_cuda(vllm_class: type) -> type:
                         per_channel_quant=False,
                     )
 
-                product(hidden_states, store.w13.tensor, gate_up, top_k, None)
+                product(hidden_states, store.w13, gate_up, top_k, None)
                 self.activation(activation, activated, gate_up.view(-1, width))
-                product(activated, store.w2.tensor, down, 1, topk_weights if weighted else None)
+                product(activated, store.w2, down, 1, topk_weights if weighted else None)
             self.moe_sum(down, output)
 
         def _assigned(self, rows: Tensor, block: int) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from signalbox.experts.expertweave.router import WovenRouter
 from signalbox.experts.expertweave.settings import FAMILIES, CannotWeave, WeaveSettings
 from signalbox.experts.expertweave.store import FullRows, Store
 from signalbox.experts.expertweave.weave import FILLED, Weave, WovenLayer
-from signalbox.kernels.virtual_tensor import row_tensor
+from signalbox.kernels.virtual_tensor import row_tensor, row_tensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -105,12 +105,16 @@ class WovenMoEMethod(UnquantizedFusedMoEMethod):
         woven: WovenLayer = layer.woven
         on_cpu = weave.device.type == "cpu"
         plain = (layer.w13_weight.data.clone(), layer.w2_weight.data.clone()) if on_cpu else None
-        before = layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()
+        rows = layer.w13_weight.data, layer.w2_weight.data
         super().process_weights_after_loading(layer)
         if plain is not None:
             woven.store = _host_store(layer, woven, self.moe_kernel.fused_experts, plain)
-        elif before != (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()):
-            raise CannotWeave("vLLM moved the experts' weights while it prepared them; their rows would not be read")
+        else:
+            # vLLM's Triton backend takes the weights as they are, but copies them where rows do not follow each other.
+            for parameter, row in zip((layer.w13_weight, layer.w2_weight), rows, strict=True):
+                if not torch.equal(parameter.data[0], row[0]):
+                    raise CannotWeave("vLLM rearranged the experts' weights; adapters' rows would not fit")
+                parameter.data = row
         self.moe_kernel.fused_experts.woven = woven
 
 
@@ -145,14 +149,14 @@ def _device_store(layer: Any, woven: WovenLayer) -> Store:
     pool = woven.weave.pool
     if woven.weave.settings.rows == "difference4":
         return DifferenceRows(layer.w13_weight.data, layer.w2_weight.data, woven.weave.settings.extra_rows, pool)
-    tensors = []
-    for name in ("w13_weight", "w2_weight"):
-        parameter = getattr(layer, name)
-        rows = row_tensor((woven.total_rows, *parameter.shape[1:]), parameter.dtype, parameter.device, pool)
-        rows.map_rows(range(woven.base_rows))
-        parameter.data = rows.tensor[: woven.base_rows]
-        tensors.append(rows)
-    return FullRows(tensors[0], tensors[1], _as_it_is)
+    parameters = [layer.w13_weight, layer.w2_weight]
+    # Side by side: an expert's two weights share pages, and less of the last one is empty.
+    shapes = [(tuple(parameter.shape[1:]), parameter.dtype) for parameter in parameters]
+    part, views = row_tensors(woven.total_rows, shapes, parameters[0].device, pool)
+    part.map_rows(range(woven.base_rows))
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view[: woven.base_rows]
+    return FullRows([part], views[0], views[1], _as_it_is)
 
 
 def _keep_memory(woven: WovenLayer) -> None:
@@ -167,14 +171,15 @@ def _keep_memory(woven: WovenLayer) -> None:
 
 def _host_store(layer: Any, woven: WovenLayer, experts: Any, plain: tuple[Tensor, Tensor]) -> Store:
     """Rows on the CPU: plain tensors, each row packed as vLLM's kernels for this CPU want it."""
-    tensors = []
+    parts = []
     for name in ("w13_weight", "w2_weight"):
         parameter = getattr(layer, name)
         rows = row_tensor((woven.total_rows, *parameter.shape[1:]), parameter.dtype, parameter.device, None)
         rows.map_rows(range(woven.base_rows))
         rows.tensor[: woven.base_rows].copy_(parameter.data)
         parameter.data = rows.tensor[: woven.base_rows]
-        tensors.append(rows)
+        parts.append(rows)
+    w13, w2 = (part.tensor for part in parts)
 
     def pack(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
         holder: Any = torch.nn.Module()
@@ -185,8 +190,8 @@ def _host_store(layer: Any, woven: WovenLayer, experts: Any, plain: tuple[Tensor
         return holder.w13_weight.data[0], holder.w2_weight.data[0]
 
     if woven.weave.settings.rows == "difference4":
-        return RoundedRows(tensors[0], tensors[1], pack, plain)
-    return FullRows(tensors[0], tensors[1], pack)
+        return RoundedRows(parts, w13, w2, pack, plain)
+    return FullRows(parts, w13, w2, pack)
 
 
 def _as_it_is(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,38 +39,49 @@ Pack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class FullRows:
-    """Rows in the base's own precision and layout; `pack` rearranges one [1, ...] weight as vLLM's kernels want it."""
+    """Rows in the base's own precision and layout: `w13` and `w2` [rows, ...], views over the memory of `parts`.
 
-    def __init__(self, w13: RowTensor, w2: RowTensor, pack: Pack) -> None:
+    `pack` rearranges an expert's two weights as vLLM's kernels want them.
+    """
+
+    def __init__(self, parts: Sequence[RowTensor], w13: Tensor, w2: Tensor, pack: Pack) -> None:
         self.w13, self.w2 = w13, w2
-        self._pack = pack
+        self._parts, self._pack = parts, pack
 
     @property
     def row_bytes(self) -> int:
         """See `Store`."""
-        return int(self.w13.tensor[0].nbytes + self.w2.tensor[0].nbytes)
+        return int(self.w13[0].nbytes + self.w2[0].nbytes)
 
     def take(self, rows: Sequence[int]) -> None:
         """See `Store`."""
-        self.w13.map_rows(rows)
-        try:
-            self.w2.map_rows(rows)
-        except BaseException:
-            self.w13.unmap_rows(rows)
-            raise
+        take_all(self._parts, rows)
 
     def give_back(self, rows: Sequence[int]) -> None:
         """See `Store`."""
-        self.w13.unmap_rows(rows)
-        self.w2.unmap_rows(rows)
+        for part in self._parts:
+            part.unmap_rows(rows)
 
     def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
         """See `Store`."""
         w13, w2 = self._pack(w13, w2)
-        self.w13.tensor[row].copy_(w13)
-        self.w2.tensor[row].copy_(w2)
+        self.w13[row].copy_(w13)
+        self.w2[row].copy_(w2)
 
     def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
         """See `Store`."""
         w13, w2 = self._pack(w13, w2)
-        return torch.equal(self.w13.tensor[row], w13) and torch.equal(self.w2.tensor[row], w2)
+        return torch.equal(self.w13[row], w13) and torch.equal(self.w2[row], w2)
+
+
+def take_all(parts: Sequence[RowTensor], rows: Sequence[int]) -> None:
+    """Map the rows in every part, or in none. Raises what the last of them raised."""
+    done: list[RowTensor] = []
+    try:
+        for part in parts:
+            part.map_rows(rows)
+            done.append(part)
+    except BaseException:
+        for part in done:
+            part.unmap_rows(rows)
+        raise
