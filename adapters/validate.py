@@ -15,6 +15,20 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
     Blocking: some 20 ms for a LoRA of 5 MB, about a second for each gigabyte of ESFT. Raises `AdapterError` with
     `code` and, where one is at fault, `tensor`; `read_lora` and `EsftAdapter` list the codes.
     """
+    if _served_kind(path, base, limits) == "lora":
+        return peft_format.read_lora(path, base, limits).facts
+    return esft_format.read_esft_facts(path, base, limits)
+
+
+def check_outline(path: Path, base: BaseShape, limits: Limits) -> None:
+    """`validate` without what takes long: of ESFT all but the tensors' values, of LoRA everything."""
+    if _served_kind(path, base, limits) == "lora":
+        peft_format.read_lora(path, base, limits)
+    else:
+        esft_format.EsftAdapter(path, base, limits).close()
+
+
+def _served_kind(path: Path, base: BaseShape, limits: Limits) -> Kind:
     kind = adapter_kind(path, limits)
     if kind not in limits.kinds:
         served = " and ".join(limits.kinds) or "none"
@@ -25,9 +39,7 @@ def validate(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts:
             code="unsupported_kind",
             tensor=esft_format.CONFIG if kind == "esft" else peft_format.CONFIG,
         )
-    if kind == "lora":
-        return peft_format.read_lora(path, base, limits).facts
-    return esft_format.read_esft_facts(path, base, limits)
+    return kind
 
 
 def adapter_kind(path: Path, limits: Limits) -> Kind:
