@@ -45,21 +45,22 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(tokens: int, in_features: int) -> Blocks:
+def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
     """Blocks for a step of so many tokens: bound by memory where they are few, by arithmetic where they are many.
 
-    Raises ValueError unless `in_features` is a multiple of 16.
+    With differences the tiles are narrower, so that their unpacking finds registers. Raises ValueError unless
+    `in_features` is a multiple of 16.
     """
     if in_features % 16:
         raise ValueError(f"{in_features} input features: the kernel needs a multiple of 16")
     if tokens <= 32:
         blocks = Blocks(16, 64, 128, 4, 4)
-    elif tokens <= 64:
+    elif tokens <= 64 or (differences and tokens <= 128):
         blocks = Blocks(32, 64, 128, 4, 3)
     elif tokens <= 96:
         blocks = Blocks(32, 128, 64, 4, 3)
     elif tokens <= 512:
-        blocks = Blocks(64, 128, 64, 4 if tokens <= 128 else 8, 3)
+        blocks = Blocks(64, 64, 64, 4, 3) if differences else Blocks(64, 128, 64, 4 if tokens <= 128 else 8, 3)
     else:
         blocks = Blocks(128, 128, 64, 8, 3)
     return blocks._replace(k=min(blocks.k, in_features & -in_features))
@@ -81,7 +82,7 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     base, tuned: any float [..., N, K]. Each group of `group_of(K)` weights has the scale, of a few, whose error is
     least in squares. A byte holds column j of a block of two groups in its low half and column j + group in its high
     half, each as the integer -8 to 7 plus 8; so a group is one half of neighbouring bytes. Raises ValueError where the
-    shapes differ or K is no multiple of 32.
+    shapes differ, K is no multiple of 32 or a weight is not finite.
     """
     if base.shape != tuned.shape:
         raise ValueError(f"base {list(base.shape)} and tuned {list(tuned.shape)} differ in shape")
@@ -102,6 +103,8 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
         number = torch.where(better, rounded, number)
+    if not bool(best.isfinite().all()):  # it would spoil other adapters' rows of the same block
+        raise ValueError("some weights are no finite numbers: check the adapter's files, or train it again")
     nibbles = (number - LOWEST).to(torch.uint8).unflatten(-2, (-1, 2))
     packed = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
     return packed.flatten(-2), scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
@@ -128,18 +131,18 @@ def woven_product(
     alignment: Alignment,
     *,
     top_k: int,
+    blocks: Blocks,
     differences: Differences | None = None,
     topk_weights: Tensor | None = None,
-    blocks: Blocks | None = None,
     usual_rows: int | None = None,
 ) -> None:
     """out[p] = x[p // top_k] @ W(rows[p]).T (* topk_weights[p]) for each pick p, zeros where rows[p] is -1.
 
     x: [P / top_k, K]; full: [B, N, K] of x's dtype, rows contiguous in themselves; rows: int32 [P] in any shape; out:
     contiguous [P, N]; topk_weights: float32 [P] in any shape. W(r) is full[r], from B on the full row base_of[r - B]
-    plus difference r - B. alignment: `align_rows(rows, blocks.m, B, differences.base_of)`; blocks: those of the step,
-    the default for P / top_k tokens. bf16, fp16 or fp32, sums in float32. Only the rows that picks name are read: both
-    tensors may be views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as `usual_rows`
+    plus difference r - B. alignment: `align_rows(rows, blocks.m, B, differences.base_of)`; blocks: `blocks_of` the
+    step's tokens and K. bf16, fp16 or fp32, sums in float32. Only the rows that picks name are read: the tensors may be
+    views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as `usual_rows`
     different full rows need (all where it is None) and computes more all the same. Raises ValueError where the shapes
     do not fit.
     """
@@ -152,7 +155,6 @@ def woven_product(
     if x.is_cuda:
         from signalbox.kernels.difference_rows_triton import woven_product_triton
 
-        blocks = blocks or blocks_of(x.shape[0], x.shape[1])
         woven_product_triton(x, full, rows, out, alignment, top_k, differences, topk_weights, blocks, usual_rows)
     else:
         out.copy_(grouped_product(x, full, rows, top_k=top_k, differences=differences, topk_weights=topk_weights))
@@ -167,7 +169,7 @@ def grouped_product(
     differences: Differences | None = None,
     topk_weights: Tensor | None = None,
 ) -> Tensor:
-    """What `woven_product` writes, in plain PyTorch on any device: [P, N] of x's dtype, computed in float32 or above."""
+    """What `woven_product` writes, in plain PyTorch, on any device: [P, N] of x's dtype, computed in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     flat = rows.flatten()
     out = torch.zeros(len(flat), full.shape[1], dtype=wide, device=x.device)

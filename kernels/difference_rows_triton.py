@@ -3,13 +3,14 @@
 A program computes one tile of the output, a block of picks by some output features: first the product with the full
 row that all picks of the block share, then, for each variant that picks of the block have, the product with its
 difference, where all other picks' inputs are zero. Both are sums in the same float32 tile. A difference's group of
-columns is what one multiplication of matrices takes, so that its scale is applied to the product, not to the weights.
+columns is what one multiplication of matrices takes, so that its scale can be applied to the product.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,9 +25,9 @@ MAGIC_AND_EIGHT = tl.constexpr(2.0**23 + 8)
 
 
 @triton.jit
-def signed(nibble, dtype: tl.constexpr):
-    """0 to 15 in uint8 as -8 to 7 in a float dtype."""
-    return ((nibble.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True) - MAGIC_AND_EIGHT).to(dtype)
+def signed(nibble):
+    """0 to 15 in uint8 as -8 to 7 in float32."""
+    return (nibble.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True) - MAGIC_AND_EIGHT
 
 
 @triton.jit(do_not_specialize=["picks", "num_full"])
@@ -51,11 +52,16 @@ def woven_product_kernel(
     GROUP: tl.constexpr,
     DIFFERENCES: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SCALE_PRODUCT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[p] = x[p // TOP_K] @ W(rows[p]).T over the blocks of an alignment; BLOCK_K divides K."""
+    """out[p] = x[p // TOP_K] @ W(rows[p]).T over the blocks of an alignment; BLOCK_K divides K.
+
+    A difference's scales multiply the product (SCALE_PRODUCT) or the weights, whichever are fewer; its loop has STAGES.
+    """
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -84,21 +90,45 @@ def woven_product_kernel(
                 hit = (variants == variant)[:, None]
                 packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
                 scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
-                for g in range(0, K // GROUP, 2):
+                for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
                     both = tl.load(packed_at + g // 2 * GROUP)
                     low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
                     high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
-                    low_scale = tl.load(scales_at + g * N).to(tl.float32)[None, :]
-                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)[None, :]
-                    low = tl.trans(signed(both & 15, x.dtype.element_ty))
-                    high = tl.trans(signed(both >> 4, x.dtype.element_ty))
-                    acc += tl.dot(low_x, low, input_precision="ieee") * low_scale
-                    acc += tl.dot(high_x, high, input_precision="ieee") * high_scale
+                    low_scale = tl.load(scales_at + g * N).to(tl.float32)
+                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
+                    if SCALE_PRODUCT:
+                        low = tl.trans(signed(both & 15)).to(x.dtype.element_ty)
+                        high = tl.trans(signed(both >> 4)).to(x.dtype.element_ty)
+                        acc += tl.dot(low_x, low, input_precision="ieee") * low_scale[None, :]
+                        acc += tl.dot(high_x, high, input_precision="ieee") * high_scale[None, :]
+                    else:
+                        low = tl.trans((signed(both & 15) * low_scale[:, None]).to(x.dtype.element_ty))
+                        high = tl.trans((signed(both >> 4) * high_scale[:, None]).to(x.dtype.element_ty))
+                        acc = tl.dot(low_x, low, acc, input_precision="ieee")
+                        acc = tl.dot(high_x, high, acc, input_precision="ieee")
                 variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
         if WEIGHTED:
             acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
         out_at = out + pick.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
+
+
+def launch_of(blocks: Blocks, in_features: int, differences: bool) -> dict[str, Any]:
+    """What the kernel is compiled for beside the shapes."""
+    narrow = blocks.m <= 32
+    return {
+        "GROUP": group_of(in_features) if differences else 0,
+        "DIFFERENCES": differences,
+        "SCALE_PRODUCT": narrow,
+        "STAGES": blocks.stages if narrow else 2,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        # The second loop must not cost the first, which all picks need, its share of programs that run at a time.
+        "maxnreg": 128 if differences else None,
+    }
 
 
 def woven_product_triton(
@@ -141,12 +171,6 @@ def woven_product_triton(
         N=features,
         K=inner,
         TOP_K=top_k,
-        GROUP=group_of(inner) if differences else 0,
-        DIFFERENCES=differences is not None,
         WEIGHTED=topk_weights is not None,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_K=blocks.k,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **launch_of(blocks, inner, differences is not None),
     )

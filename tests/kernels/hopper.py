@@ -22,11 +22,18 @@ def run_interpreted(file: str) -> None:
 
 
 def compile_for_hopper(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int, num_stages: int = 3
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> tuple[str, dict[str, int]]:
     """The PTX and what the kernel takes: registers a thread, bytes of shared memory, of stack and of spilled registers.
 
-    types: of arguments that are not int32 (pointers as "*bf16"); pointers are taken to be aligned to 16 bytes.
+    types: of arguments that are not int32 (pointers as "*bf16"); pointers and int64 (strides) are taken to be multiples
+    of 16, as they are in use.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -39,7 +46,7 @@ def compile_for_hopper(
         if kind.startswith("*") or kind == "i64"
     }
     source = triton.compiler.ASTSource(kernel, signature, values, aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
