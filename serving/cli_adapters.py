@@ -71,8 +71,9 @@ def add_command(
             console.print(f"{name}@{version}: {record['phase']}", markup=False)
             return
         last = _follow(client, name, timeout, lambda record: _outcome(record, version))
+        rank = f" of rank {last['rank']}" if last["rank"] else ""
         console.print(
-            f"{last['id']} is ready: version {version}, {last['kind']} of rank {last['rank']}, {_size(last['bytes'])}, "
+            f"{last['id']} is ready: version {version}, {last['kind']}{rank}, {_size(last['bytes'])}, "
             f"on {_ready_of(last)} replicas",
             markup=False,
         )
