@@ -44,7 +44,8 @@ class EsftRecipe(TaskRecipe):
     normalise: Literal["none", "layer"] = Field("none", description="layer: divide a layer's scores by their sum")
     samples: int = Field(32, gt=0, le=65_536, description="most samples that the experts are scored on")
     sample_length: int = Field(4096, gt=0, description="tokens of a sample")
-    rate: float = Field(1e-5, gt=0, description="learning rate, constant")
+    rate: float = Field(1e-5, gt=0, description="highest learning rate")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate")
     weight_decay: float = Field(0.1, ge=0)
     steps: int | None = Field(500, gt=0, description="None: as many as `epochs` are")
     longest: int = Field(4096, gt=8, description="rows of more tokens are left out")
@@ -53,7 +54,7 @@ class EsftRecipe(TaskRecipe):
         """What `adapters.train.fit` needs of it."""
         from signalbox.adapters.esft_train import PAPER
 
-        names = ("rate", "batch", "epochs", "steps", "minutes", "longest", "seed", "weight_decay")
+        names = ("rate", "schedule", "batch", "epochs", "steps", "minutes", "longest", "seed", "weight_decay")
         return replace(PAPER, **{name: getattr(self, name) for name in names})
 
 

@@ -1,0 +1,341 @@
+"""`make bench-esft`: what ESFT is worth on a real, small mixture of experts, against full fine-tuning and LoRA.
+
+A base of 25 million parameters (8 layers of 32 experts, 4 chosen) learns general text from nothing. Then two tasks,
+whose labels it never saw, are learned by ESFT (by token ratio and by gate score), by all parameters, and by LoRA, in
+equal steps of equal batches. Each way gets its best learning rate of a few, by the validation loss of short runs on the
+first task. Reported: accuracy on rows held out, bits per byte of general text held out, what was trained and stored.
+
+    python -m benchmarks.esft --data ../shared/data --out .run/bench_esft
+    python -m benchmarks.esft --quick      a toy, on the CPU in two minutes; nothing is written to results
+
+`--out` then holds the base, an adapter for each task and what they answer, to be served and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.esft_base import (
+    QUICK,
+    TASKS,
+    Corpus,
+    Size,
+    general_rows,
+    new_model,
+    pretrain,
+    read_corpus,
+    stream_of,
+    train_tokenizer,
+)
+from benchmarks.report import ROOT, Row, print_table, write_results
+from signalbox.adapters.base import Limits
+from signalbox.adapters.base_shape import base_shape
+from signalbox.adapters.esft_format import EsftAdapter
+from signalbox.adapters.esft_scores import write_scores
+from signalbox.adapters.esft_select import select_experts
+from signalbox.adapters.esft_train import applied, attach_experts
+from signalbox.adapters.train import Fit, Hyperparameters, Optimisation, attach, fit
+from signalbox.adapters.train_data import Encoded, encode
+from signalbox.adapters.train_evaluate import greedy_answers, is_correct, reference_bits
+from signalbox.adapters.train_report import wilson
+from signalbox.serving.train_adapter import Recipe, train_adapter
+from signalbox.serving.train_esft import EsftRecipe, score_base, train_esft
+from signalbox.serving.training import Base, Effort, Task, Watcher, load_base, read_task, sample_rows
+
+RATES = {"esft": (5e-4, 1e-3, 2e-3, 4e-3), "full": (3e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2)}
+SHARD = "15MB"  # of the files that are to be carried from one machine to another
+ANSWERS = 256  # rows whose answers are kept to compare a service with
+started = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is the same for every way of learning a task."""
+
+    base: Base
+    data: Path
+    work: Path
+    device: Any
+    effort: Effort
+    steps: int
+    batch: int
+    general: list[Encoded]
+
+    def task(self, name: str) -> Task:
+        recipe = EsftRecipe.model_validate(self.recipe(name))
+        return read_task(self.base, recipe, self.effort, self.device, Watcher())
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """The fields of both kinds of recipe."""
+        table = self.data / "tasks" / f"{name}.parquet"
+        common = {"data": str(table), "kind": "classification", "text": "text", "label": TASKS[name]}
+        return {**common, "steps": self.steps, "batch": self.batch, "longest": 256}
+
+    def options(self, rate: float, steps: int | None = None) -> Optimisation:
+        """Of the ways that have no command, and of short runs: as ESFT's, with a falling rate."""
+        return Optimisation(
+            rate=rate,
+            steps=steps or self.steps,
+            batch=self.batch,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            patience=100,
+            longest=256,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way on one task: `accuracy` of `rows` held out, general text in bits per byte, what it took."""
+
+    accuracy: float
+    rows: int
+    general: float
+    trained: int
+    seconds: float
+    nbytes: int
+    share: float | None = None
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - started:6.1f} s] {text}", flush=True)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="folder with tasks/ and routing/")] = ROOT.parent / "shared" / "data",
+    out: Annotated[Path, typer.Option(help="for the base, the adapters and their answers")] = ROOT / ".run/bench_esft",
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of a tokenizer; else one is trained")] = None,
+    results: Annotated[Path | None, typer.Option(help="folder for esft.json; default benchmarks/results")] = None,
+    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 250,
+    seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 75.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="a toy, to see that all runs")] = False,
+) -> None:
+    """Pretrain, learn the tasks in every way, compare."""
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    size = QUICK if quick else replace(Size(), seconds=seconds)
+    steps = 40 if quick else steps
+    shutil.rmtree(out, ignore_errors=True)
+    corpus = read_corpus(data, size.documents)
+    say(f"{len(corpus.train)} general documents, {len(corpus.held_out)} held out")
+    base, rows = make_base(corpus, tokenizer, size, chosen, out / "base")
+    with tempfile.TemporaryDirectory() as work:
+        effort = Effort(
+            str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
+        )
+        general = general_rows(_tokenizer(base), corpus, 20 if quick else 400, size.context)
+        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 32, general)
+        rates = best_rates(run, 10 if quick else max(1, steps // 4), quick)
+        for name in TASKS:
+            rows += compare_ways(run, name, rates, out)
+    rows.append(Row("all", "seconds", time.perf_counter() - started, "s"))
+    print_table(rows, "ESFT on a small mixture of experts")
+    command = f"python -m benchmarks.esft --steps {steps} --seconds {seconds:g}"
+    if not quick:
+        say(f"wrote {write_results('esft', command, rows, **({} if results is None else {'folder': results}))}")
+
+
+def _tokenizer(base: Base) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.folder)
+
+
+def make_base(corpus: Corpus, given: Path | None, size: Size, device: Any, folder: Path) -> tuple[Base, list[Row]]:
+    """Tokenizer and model, trained and written."""
+    from transformers import AutoTokenizer
+
+    tokenizer = train_tokenizer(corpus, size) if given is None else AutoTokenizer.from_pretrained(given)
+    stream = stream_of(tokenizer, corpus.train)
+    say(f"{len(stream) / 1e6:.2f} million tokens, {len(tokenizer)} different ones")
+    model = new_model(tokenizer, size).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"a base of {parameters / 1e6:.1f} million parameters, on {device}")
+    told = pretrain(model, stream, size, say)
+    say(f"pretrained: {told}")
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
+    rows = [Row("base", "parameters", parameters)]
+    rows += [Row("base", f"pretraining {name}", value) for name, value in told.items()]
+    return Base(folder, str(folder)), rows
+
+
+def best_rates(run: Run, steps: int, quick: bool) -> dict[str, float]:
+    """Each way's learning rate: the lowest validation loss of short runs on the first task."""
+    task = run.task(next(iter(TASKS)))
+    file = _scores(run, next(iter(TASKS)))
+    found = {}
+    for way, rates in RATES.items():
+        losses = {}
+        for rate in rates[:1] if quick else rates:
+            model = load_base(run.base, run.device, torch.float32)
+            if way == "esft":
+                attach_experts(model, select_experts(file.scores, "token"))
+            elif way == "lora":
+                model = attach(model, Hyperparameters(rate=rate), run.base.reference)
+            else:
+                model.requires_grad_(True)
+            losses[rate] = fit(model, task.train, task.validation, run.options(rate, steps), task.codec).best
+        found[way] = min(losses, key=lambda rate: losses[rate])
+        say(f"rates for {way}: " + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
+    return found
+
+
+def _scores(run: Run, name: str) -> Any:
+    recipe = EsftRecipe.model_validate({**run.recipe(name), "sample_length": 1024})
+    return score_base(run.base, recipe, run.effort, Watcher(said=say))
+
+
+def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> list[Row]:
+    """One task, learned in every way."""
+    task = run.task(name)
+    before = load_base(run.base, run.device, torch.float32)
+    held = _held_out(run, task)
+    base_bits = _general(before, task, run)
+    base_accuracy = _accuracy(before, task, held)
+    say(f"{name}: base {base_accuracy:.3f} on {len(held)} rows, general text {base_bits:.4f} bits per byte")
+    file = _scores(run, name)
+    scores = run.work / f"{name}.json"
+    write_scores(scores, file)
+    outcomes = {"full": _full(run, task, rates["full"], held)}
+    for score in ("token", "gate"):
+        # The token adapter is kept, to be served.
+        folder = out / f"{name}-esft" if score == "token" else run.work / f"{name}-{score}"
+        outcomes[f"ESFT, {score}"] = _esft(run, name, task, score, rates["esft"], scores, folder)
+    outcomes["LoRA"] = _lora(run, name, task, rates["lora"])
+    for way, found in outcomes.items():
+        say(f"{name}, {way}: {found}")
+    _keep_answers(run, task, held[:ANSWERS], out, name)
+    rows = [
+        Row(f"{name}, base", "accuracy", base_accuracy, "", *wilson(round(base_accuracy * len(held)), len(held))),
+        Row(f"{name}, base", "general text", base_bits, "bits/byte"),
+    ]
+    for way, found in outcomes.items():
+        rows += _rows(f"{name}, {way}", found, outcomes, base_bits)
+    return rows
+
+
+def _rows(case: str, found: Outcome, ways: dict[str, Outcome], base_bits: float) -> list[Row]:
+    """One way's figures; ESFT is held against LoRA in the task and against full fine-tuning in what is forgotten."""
+    low, high = wilson(round(found.accuracy * found.rows), found.rows)
+    esft = found.share is not None
+    full, lora = ways["full"], ways["LoRA"]
+    score = Row(case, "accuracy", found.accuracy, "", low, high)
+    rise = Row(case, "general text, rise", found.general - base_bits, "bits/byte")
+    if esft:
+        score = replace(score, reference=lora.accuracy, goal="at least LoRA's", met=found.accuracy >= lora.accuracy)
+        forgotten = full.general - base_bits
+        kept = found.general - base_bits < forgotten
+        rise = replace(rise, reference=forgotten, goal="less than full fine-tuning's", met=kept)
+    rows = [
+        score,
+        Row(case, "general text", found.general, "bits/byte", reference=base_bits),
+        rise,
+        Row(case, "parameters trained", found.trained),
+        Row(case, "training", found.seconds, "s"),
+        Row(case, "stored", found.nbytes, "bytes"),
+    ]
+    return rows + ([Row(case, "experts trained", 100 * found.share, "%")] if found.share is not None else [])
+
+
+# -- the ways ----------------------------------------------------------------------------------------------------
+
+
+def _esft(run: Run, name: str, task: Task, score: str, rate: float, scores: Path, folder: Path) -> Outcome:
+    recipe = {**run.recipe(name), "score": score, "rate": rate, "schedule": "cosine"}
+    effort, watch = run.effort, Watcher(said=say)
+    report = train_esft(run.base, EsftRecipe.model_validate(recipe), folder, effort, watch, scores=scores)
+    with _adapter(run, folder) as adapter:
+        model = load_base(run.base, run.device, torch.float32)
+        with applied(model, adapter):
+            general = _general(model, task, run)
+    return Outcome(**_reported(report), general=general, share=report["experts"]["share"])
+
+
+def _lora(run: Run, name: str, task: Task, rate: float) -> Outcome:
+    from peft import PeftModel
+
+    folder = run.work / f"{name}-lora"
+    recipe = Recipe.model_validate({**run.recipe(name), "rate": rate})
+    report = train_adapter(run.base, recipe, folder, run.effort, Watcher(said=say))
+    model = PeftModel.from_pretrained(load_base(run.base, run.device, torch.float32), str(folder)).eval()
+    return Outcome(**_reported(report), general=_general(model, task, run))
+
+
+def _full(run: Run, task: Task, rate: float, held: list[Encoded]) -> Outcome:
+    model = load_base(run.base, run.device, torch.float32).requires_grad_(True)
+    fitted: Fit = fit(model, task.train, task.validation, run.options(rate), task.codec)
+    parameters = sum(p.numel() for p in model.parameters())
+    accuracy, general = _accuracy(model, task, held), _general(model, task, run)
+    return Outcome(accuracy, len(held), general, parameters, fitted.seconds, 2 * parameters)  # a copy in bf16
+
+
+def _reported(report: dict[str, Any]) -> dict[str, Any]:
+    scores = report["scores"]["bare"]
+    return {
+        "accuracy": scores["accuracy"]["adapter"][0],
+        "rows": scores["rows"],
+        "trained": report["parameters"],
+        "seconds": report["training"]["seconds"],
+        "nbytes": report["weights_bytes"],
+    }
+
+
+# -- scores ------------------------------------------------------------------------------------------------------
+
+
+def _held_out(run: Run, task: Task) -> list[Encoded]:
+    """The rows that the commands score as well."""
+    return sample_rows(encode(task.parts.held_out, task.codec, task.longest), run.effort.eval_rows)
+
+
+def _answers(model: Any, task: Task, rows: list[Encoded]) -> list[str]:
+    longest = max(len(row.answer) for row in rows) + 4
+    batch = 256 if model.device.type == "cuda" else 16
+    return greedy_answers(model, rows, task.codec, max_new_tokens=longest, batch=batch)
+
+
+def _accuracy(model: Any, task: Task, rows: list[Encoded]) -> float:
+    model.eval()
+    said = _answers(model, task, rows)
+    return sum(is_correct(a, row.reference, "exact") for a, row in zip(said, rows, strict=True)) / len(rows)
+
+
+def _general(model: Any, task: Task, run: Run) -> float:
+    """Bits per byte of the general text."""
+    model.eval()
+    bits = reference_bits(model, run.general, task.codec)
+    return sum(bits) / sum(row.nbytes for row in run.general)
+
+
+def _adapter(run: Run, folder: Path) -> EsftAdapter:
+    return EsftAdapter(folder, base_shape(run.base.folder), Limits((folder.resolve().parent,)))
+
+
+def _keep_answers(run: Run, task: Task, rows: list[Encoded], out: Path, name: str) -> None:
+    """What base and adapter answer in float32, greedily: what a service has to answer, too."""
+    model = load_base(run.base, run.device, torch.float32)
+    said = {}
+    with _adapter(run, out / f"{name}-esft") as adapter:
+        for who, state in (("base", nullcontext()), ("adapter", applied(model, adapter))):
+            with state:
+                said[who] = _answers(model, task, rows)
+    kept = [
+        {"text": row.text, "reference": row.reference, "base": base, "adapter": adapted}
+        for row, base, adapted in zip(rows, said["base"], said["adapter"], strict=True)
+    ]
+    (out / f"{name}-answers.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
