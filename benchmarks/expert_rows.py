@@ -133,7 +133,7 @@ class Batch:
     def of(cls, layer: Layer, tokens: int, use: str, draw: torch.Generator) -> Batch:
         """Random inputs."""
         experts, rows = picks_of(layer, tokens, use, draw)
-        like = {"device": rows.device, "dtype": layer.down.dtype}
+        like: dict[str, Any] = {"device": rows.device, "dtype": layer.down.dtype}
         shape = layer.shape
         x = torch.empty(tokens, shape.hidden, **like).normal_(generator=draw)
         y = torch.empty(tokens * shape.top_k, shape.inner, **like).normal_(generator=draw)
@@ -264,7 +264,8 @@ def product_case(
     """All systems on one batch. `stock` keeps, by tokens, the time of vLLM on the base alone: what all is held to."""
     cuda = layer.table.is_cuda
     batch = Batch.of(layer, tokens, use, draw)
-    shape, like = layer.shape, {"dtype": layer.down.dtype, "device": layer.table.device}
+    shape = layer.shape
+    like: dict[str, Any] = {"dtype": layer.down.dtype, "device": layer.table.device}
     outs = [torch.empty(batch.rows.numel(), width, **like) for width in (2 * shape.inner, shape.hidden)]
     systems: dict[str, tuple[Product, str]] = {}
     if cuda:

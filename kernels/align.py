@@ -39,11 +39,12 @@ def capacity(picks: int, block: int, num_rows: int) -> int:
 
 
 def align_rows(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None) -> Alignment:
-    """Group the picks by row, groups in ascending order, picks of a group too, so that the result is the same always.
+    """Group the picks by row, groups in ascending order, picks of a row too, so that the result is the same always.
 
     rows: int32, contiguous, of any shape, flattened: each pick's row, or -1 (on another rank; such picks are the last
     group). Without `base_of` each is below `num_rows`. With it, int32 [differences], row num_rows + i is a difference
-    to row base_of[i] and grouped with it; `block_rows` then names that row. On GPUs it is one launch, waits for
+    to row base_of[i] and grouped with it, row after row, so that few blocks have picks of the same difference;
+    `block_rows` then names row base_of[i]. On GPUs it is one launch, waits for
     nothing, and the values are not checked. Raises ValueError for another dtype or a strided tensor.
     """
     if rows.dtype != torch.int32 or not rows.is_contiguous():
@@ -66,7 +67,8 @@ def align_rows_torch(rows: Tensor, block: int, num_rows: int, base_of: Tensor | 
     count = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add_(0, group, group.new_ones(picks))
     room = (count + block - 1) // block * block
     end, taken = room.cumsum(0), count.cumsum(0)
-    order = group.argsort(stable=True)
+    order = rows.flatten().argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
     ordered = group[order]
     place = torch.arange(picks, device=rows.device) - (taken - count)[ordered] + (end - room)[ordered]
     sorted_ids = torch.full((size,), picks, dtype=torch.int32, device=rows.device)

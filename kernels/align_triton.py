@@ -22,16 +22,18 @@ OWN = 16
 FEW_CHUNK = 512  # picks looked at at a time
 MANY_CHUNK = 2048
 TOGETHER = tl.constexpr(1 << 16)
+NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES: tl.constexpr):
-    """The group of pick i: its row or that row's base; num_rows for absent rows, num_rows + 1 for no pick."""
+def rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES: tl.constexpr):
+    """Row and group of pick i. The group is the row or that row's base; num_rows: absent, num_rows + 1: no pick."""
     row = tl.load(rows + i, mask=i < picks, other=-1)
+    group = row
     if DIFFERENCES:
         base = tl.load(base_of + row - num_rows, mask=row >= num_rows, other=0)
-        row = tl.where(row >= num_rows, base, row)
-    return tl.where(i < picks, tl.where(row < 0, num_rows, row), num_rows + 1)
+        group = tl.where(row >= num_rows, base, row)
+    return row, tl.where(i < picks, tl.where(row < 0, num_rows, group), num_rows + 1)
 
 
 @triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
@@ -53,15 +55,18 @@ def align_few_kernel(
 ):
     """Puts OWN picks in place. GROUPS: power of two, at least num_rows + 2; PAD: power of two, at least BLOCK - 1."""
     own = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    mine = groups_of(rows, base_of, own, picks, num_rows, DIFFERENCES)
+    own_row, mine = rows_and_groups(rows, base_of, own, picks, num_rows, DIFFERENCES)
     counts = tl.zeros((GROUPS,), tl.int32)
     found = tl.zeros((OWN, CHUNK), tl.int32)
     for start in range(0, picks, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        theirs = groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES)
+        row, theirs = rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES)
         counts += tl.histogram(theirs, GROUPS)
+        before = i[None, :] < own[:, None]
+        if DIFFERENCES:
+            before = (row[None, :] < own_row[:, None]) | ((row[None, :] == own_row[:, None]) & before)
         # Picks of the same group in the low half, those of them that come before in the high half.
-        found += tl.where(theirs[None, :] == mine[:, None], tl.where(i[None, :] < own[:, None], TOGETHER + 1, 1), 0)
+        found += tl.where(theirs[None, :] == mine[:, None], tl.where(before, TOGETHER + 1, 1), 0)
     both = tl.sum(found, axis=1)
     count = both % TOGETHER
     place = both // TOGETHER
@@ -99,24 +104,33 @@ def align_many_kernel(
     PAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Puts all picks of one group in place. GROUPS and PAD as above."""
+    """Puts all picks of one group in place, one row of it after the other. GROUPS and PAD as above."""
     mine = tl.program_id(0)
     each = tl.arange(0, CHUNK)
     counts = tl.zeros((GROUPS,), tl.int32)
+    lowest = tl.full((CHUNK,), NONE, tl.int32)
     for start in range(0, picks, CHUNK):
-        counts += tl.histogram(groups_of(rows, base_of, start + each, picks, num_rows, DIFFERENCES), GROUPS)
+        row, theirs = rows_and_groups(rows, base_of, start + each, picks, num_rows, DIFFERENCES)
+        counts += tl.histogram(theirs, GROUPS)
+        lowest = tl.minimum(lowest, tl.where(theirs == mine, row, NONE))
     group = tl.arange(0, GROUPS)
     room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
     total = tl.sum(room, axis=0)
     first = tl.sum(tl.where(group < mine, room, 0), axis=0)
     own_room = tl.sum(tl.where(group == mine, room, 0), axis=0)
     done = 0
-    for start in range(0, tl.where(own_room > 0, picks, 0), CHUNK):
-        i = start + each
-        equal = (groups_of(rows, base_of, i, picks, num_rows, DIFFERENCES) == mine).to(tl.int32)
-        place = done + tl.cumsum(equal, axis=0) - 1
-        tl.store(sorted_ids + first + place, i, mask=equal > 0)
-        done += tl.sum(equal, axis=0)
+    current = tl.min(lowest, axis=0)
+    while current < NONE:
+        lowest = tl.full((CHUNK,), NONE, tl.int32)
+        for start in range(0, picks, CHUNK):
+            i = start + each
+            row, theirs = rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES)
+            equal = ((theirs == mine) & (row == current)).to(tl.int32)
+            place = done + tl.cumsum(equal, axis=0) - 1
+            tl.store(sorted_ids + first + place, i, mask=equal > 0)
+            done += tl.sum(equal, axis=0)
+            lowest = tl.minimum(lowest, tl.where((theirs == mine) & (row > current), row, NONE))
+        current = tl.min(lowest, axis=0)
     pad = done + tl.arange(0, PAD)
     tl.store(sorted_ids + first + pad, tl.zeros((PAD,), tl.int32) + picks, mask=pad < own_room)
     row = tl.where(mine < num_rows, mine, -1)

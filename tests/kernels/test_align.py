@@ -21,7 +21,7 @@ def by_hand(rows: list[int], block: int, num_rows: int, base_of: list[int]) -> t
         groups.setdefault(group, []).append(pick)
     sorted_ids, block_rows = [], []
     for group in sorted(groups):
-        picks = groups[group] + [len(rows)] * (-len(groups[group]) % block)
+        picks = sorted(groups[group], key=lambda pick: (rows[pick], pick)) + [len(rows)] * (-len(groups[group]) % block)
         sorted_ids += picks
         block_rows += [group if group < num_rows else -1] * (len(picks) // block)
     return sorted_ids, block_rows
