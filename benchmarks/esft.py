@@ -52,7 +52,7 @@ from signalbox.serving.train_adapter import Recipe, train_adapter
 from signalbox.serving.train_esft import EsftRecipe, score_base, train_esft
 from signalbox.serving.training import Base, Effort, Task, Watcher, load_base, read_task, sample_rows
 
-RATES = {"esft": (5e-4, 1e-3, 2e-3, 4e-3), "full": (3e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2)}
+RATES = {"esft": (5e-4, 1.5e-3, 4e-3), "full": (3e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2)}
 SHARD = "15MB"  # of the files that are to be carried from one machine to another
 ANSWERS = 256  # rows whose answers are kept to compare a service with
 started = time.perf_counter()
@@ -96,10 +96,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way on one task: `accuracy` of `rows` held out, general text in bits per byte, what it took."""
+    """One way on one task: `accuracy` of `rows` held out, their answers and general text in bits per byte, its cost."""
 
     accuracy: float
     rows: int
+    answers: float
     general: float
     trained: int
     seconds: float
@@ -116,7 +117,7 @@ def main(
     out: Annotated[Path, typer.Option(help="for the base, the adapters and their answers")] = ROOT / ".run/bench_esft",
     tokenizer: Annotated[Path | None, typer.Option(help="folder of a tokenizer; else one is trained")] = None,
     results: Annotated[Path | None, typer.Option(help="folder for esft.json; default benchmarks/results")] = None,
-    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 250,
+    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 300,
     seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 75.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="a toy, to see that all runs")] = False,
@@ -134,8 +135,8 @@ def main(
             str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
         )
         general = general_rows(_tokenizer(base), corpus, 20 if quick else 400, size.context)
-        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 32, general)
-        rates = best_rates(run, 10 if quick else max(1, steps // 4), quick)
+        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 64, general)
+        rates = best_rates(run, 10 if quick else max(1, steps // 5), quick)
         for name in TASKS:
             rows += compare_ways(run, name, rates, out)
     rows.append(Row("all", "seconds", time.perf_counter() - started, "s"))
@@ -201,7 +202,7 @@ def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> lis
     task = run.task(name)
     before = load_base(run.base, run.device, torch.float32)
     held = _held_out(run, task)
-    base_bits = _general(before, task, run)
+    base_bits = _bits_per_byte(before, task, run.general)
     base_accuracy = _accuracy(before, task, held)
     say(f"{name}: base {base_accuracy:.3f} on {len(held)} rows, general text {base_bits:.4f} bits per byte")
     file = _scores(run, name)
@@ -218,6 +219,7 @@ def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> lis
     _keep_answers(run, task, held[:ANSWERS], out, name)
     rows = [
         Row(f"{name}, base", "accuracy", base_accuracy, "", *wilson(round(base_accuracy * len(held)), len(held))),
+        Row(f"{name}, base", "right answers", _bits_per_byte(before, task, held), "bits/byte"),
         Row(f"{name}, base", "general text", base_bits, "bits/byte"),
     ]
     for way, found in outcomes.items():
@@ -239,6 +241,7 @@ def _rows(case: str, found: Outcome, ways: dict[str, Outcome], base_bits: float)
         rise = replace(rise, reference=forgotten, goal="less than full fine-tuning's", met=kept)
     rows = [
         score,
+        Row(case, "right answers", found.answers, "bits/byte"),
         Row(case, "general text", found.general, "bits/byte", reference=base_bits),
         rise,
         Row(case, "parameters trained", found.trained),
@@ -258,7 +261,7 @@ def _esft(run: Run, name: str, task: Task, score: str, rate: float, scores: Path
     with _adapter(run, folder) as adapter:
         model = load_base(run.base, run.device, torch.float32)
         with applied(model, adapter):
-            general = _general(model, task, run)
+            general = _bits_per_byte(model, task, run.general)
     return Outcome(**_reported(report), general=general, share=report["experts"]["share"])
 
 
@@ -269,15 +272,17 @@ def _lora(run: Run, name: str, task: Task, rate: float) -> Outcome:
     recipe = Recipe.model_validate({**run.recipe(name), "rate": rate})
     report = train_adapter(run.base, recipe, folder, run.effort, Watcher(said=say))
     model = PeftModel.from_pretrained(load_base(run.base, run.device, torch.float32), str(folder)).eval()
-    return Outcome(**_reported(report), general=_general(model, task, run))
+    return Outcome(**_reported(report), general=_bits_per_byte(model, task, run.general))
 
 
 def _full(run: Run, task: Task, rate: float, held: list[Encoded]) -> Outcome:
     model = load_base(run.base, run.device, torch.float32).requires_grad_(True)
     fitted: Fit = fit(model, task.train, task.validation, run.options(rate), task.codec)
     parameters = sum(p.numel() for p in model.parameters())
-    accuracy, general = _accuracy(model, task, held), _general(model, task, run)
-    return Outcome(accuracy, len(held), general, parameters, fitted.seconds, 2 * parameters)  # a copy in bf16
+    accuracy = _accuracy(model, task, held)
+    answers, general = _bits_per_byte(model, task, held), _bits_per_byte(model, task, run.general)
+    stored = 2 * parameters  # a copy in bf16
+    return Outcome(accuracy, len(held), answers, general, parameters, fitted.seconds, stored)
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +290,7 @@ def _reported(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "accuracy": scores["accuracy"]["adapter"][0],
         "rows": scores["rows"],
+        "answers": scores["bits_per_byte"]["adapter"][0],
         "trained": report["parameters"],
         "seconds": report["training"]["seconds"],
         "nbytes": report["weights_bytes"],
@@ -311,11 +317,9 @@ def _accuracy(model: Any, task: Task, rows: list[Encoded]) -> float:
     return sum(is_correct(a, row.reference, "exact") for a, row in zip(said, rows, strict=True)) / len(rows)
 
 
-def _general(model: Any, task: Task, run: Run) -> float:
-    """Bits per byte of the general text."""
+def _bits_per_byte(model: Any, task: Task, rows: list[Encoded]) -> float:
     model.eval()
-    bits = reference_bits(model, run.general, task.codec)
-    return sum(bits) / sum(row.nbytes for row in run.general)
+    return sum(reference_bits(model, rows, task.codec)) / sum(row.nbytes for row in rows)
 
 
 def _adapter(run: Run, folder: Path) -> EsftAdapter:

@@ -123,14 +123,14 @@ def train_tokenizer(corpus: Corpus, size: Size) -> Any:
 def stream_of(tokenizer: Any, documents: Sequence[str]) -> Tensor:
     """All documents end to end as tokens, int32 [N], each after a token that begins it."""
     begin = tokenizer.bos_token_id
-    encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (begin, *ids)], dtype=torch.int32)
 
 
 def general_rows(tokenizer: Any, corpus: Corpus, count: int, context: int) -> list[Encoded]:
     """Held-out documents, their beginnings, as rows of which every byte is predicted."""
     texts = [text[:HELD_OUT_CHARACTERS] for text in corpus.held_out[:count]]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [
         Encoded([tokenizer.bos_token_id], [*ids, tokenizer.eos_token_id], len(text.encode()), text, "")
         for text, ids in zip(texts, encoded, strict=True)
@@ -203,7 +203,7 @@ def pretrain(model: Any, stream: Tensor, size: Size, say: Callable[[str], None])
         "tokens": float(step * size.batch * size.length),
         "seconds": time.perf_counter() - started,
         "loss": float(torch.stack(losses[-50:]).mean()),
-        "balance": float(torch.stack(balance).mean()),
+        "balance": float(torch.stack(balance).detach().mean()),
     }
 
 
