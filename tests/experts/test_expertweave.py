@@ -27,7 +27,7 @@ from signalbox.experts.base import (
     QueueFull,
     SamplingParams,
 )
-from signalbox.experts.catalog import VllmExpert
+from signalbox.experts.catalog import TransformersExpert, VllmExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import installed
 from signalbox.kernels.difference_rows import apply_difference, difference_of
@@ -473,11 +473,13 @@ async def test_a_family_that_is_not_served_is_refused(tmp_path: Path) -> None:
 
 
 async def test_esft_lora_and_base_rows_in_one_batch(olmoe: Woven, tmp_path: Path) -> None:
-    """LoRA on the attention; its answers are those of an engine that serves LoRA alone."""
+    """LoRA on the attention; its answers are those of the transformers engine."""
     tensors = lora_tensors(olmoe.base, targets=("q_proj", "v_proj", "o_proj"), rank=4, seed=3, scale=0.3)
     config = lora_config(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
     lora = write_lora(tmp_path / "lora", tensors, config)
-    async with started(make(olmoe.base, max_adapters=2)) as engine:
+    settings = {"engine": "transformers", "model": str(olmoe.base), "dtype": "float32", "threads": 1, "device": "cpu"}
+    plain = build_engine("plain", TransformersExpert.model_validate(settings | {"max_adapters": 1}))
+    async with started(plain) as engine:
         await engine.load("lora@1", str(lora))
         wanted = {prompt: await answer(engine, prompt, "lora@1") for prompt in PROMPTS}
     assert all(row.tokens != alone(olmoe.base, prompt).tokens for prompt, row in wanted.items())
