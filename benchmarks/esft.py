@@ -41,7 +41,7 @@ from benchmarks.report import ROOT, Row, print_table, write_results
 from signalbox.adapters.base import Limits
 from signalbox.adapters.base_shape import base_shape
 from signalbox.adapters.esft_format import EsftAdapter
-from signalbox.adapters.esft_scores import write_scores
+from signalbox.adapters.esft_scores import ExpertScores, packed_samples, read_scores, score_experts, write_scores
 from signalbox.adapters.esft_select import select_experts
 from signalbox.adapters.esft_train import applied, attach_experts
 from signalbox.adapters.train import Fit, Hyperparameters, Optimisation, attach, fit
@@ -70,6 +70,7 @@ class Run:
     steps: int
     batch: int
     general: list[Encoded]
+    general_scores: ExpertScores
 
     def task(self, name: str) -> Task:
         recipe = EsftRecipe.model_validate(self.recipe(name))
@@ -105,7 +106,8 @@ class Outcome:
     trained: int
     seconds: float
     nbytes: int
-    share: float | None = None
+    share: float | None = None  # of the experts, that were trained
+    met: tuple[float, float] = (0.0, 0.0)  # share of picks that meet trained experts: in the task, in general text
 
 
 def say(text: str) -> None:
@@ -135,7 +137,8 @@ def main(
             str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
         )
         general = general_rows(_tokenizer(base), corpus, 20 if quick else 400, size.context)
-        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 64, general)
+        seen = score_experts(load_base(base, chosen, torch.float32), packed_samples(general, length=1024))
+        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen)
         rates = best_rates(run, 10 if quick else max(1, steps // 5), quick)
         for name in TASKS:
             rows += compare_ways(run, name, rates, out)
@@ -248,7 +251,13 @@ def _rows(case: str, found: Outcome, ways: dict[str, Outcome], base_bits: float)
         Row(case, "training", found.seconds, "s"),
         Row(case, "stored", found.nbytes, "bytes"),
     ]
-    return rows + ([Row(case, "experts trained", 100 * found.share, "%")] if found.share is not None else [])
+    if found.share is not None:
+        rows += [
+            Row(case, "experts trained", 100 * found.share, "%"),
+            Row(case, "task's picks that meet them", 100 * found.met[0], "%"),
+            Row(case, "general text's picks that meet them", 100 * found.met[1], "%"),
+        ]
+    return rows
 
 
 # -- the ways ----------------------------------------------------------------------------------------------------
@@ -262,7 +271,15 @@ def _esft(run: Run, name: str, task: Task, score: str, rate: float, scores: Path
         model = load_base(run.base, run.device, torch.float32)
         with applied(model, adapter):
             general = _bits_per_byte(model, task, run.general)
-    return Outcome(**_reported(report), general=general, share=report["experts"]["share"])
+        met = _met(read_scores(scores).scores, adapter), _met(run.general_scores, adapter)
+    return Outcome(**_reported(report), general=general, share=report["experts"]["share"], met=met)
+
+
+def _met(scores: ExpertScores, adapter: EsftAdapter) -> float:
+    """Share of all picks that meet an expert of the adapter."""
+    tables = zip(scores.layers, scores.token, strict=True)
+    sums = [float(row[list(adapter.experts.get(layer, ()))].sum()) for layer, row in tables]
+    return sum(sums) / len(sums)
 
 
 def _lora(run: Run, name: str, task: Task, rate: float) -> Outcome:

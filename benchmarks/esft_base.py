@@ -186,7 +186,7 @@ def pretrain(model: Any, stream: Tensor, size: Size, say: Callable[[str], None])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
             (loss + BALANCE * torch.stack(balance).mean()).backward()
             for master, parameter in zip(masters, parameters, strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None  # type: ignore[union-attr]
+                master.grad, parameter.grad = parameter.grad.float(), None
             torch.nn.utils.clip_grad_norm_(masters, 1.0)
             optimiser.step()
             with torch.no_grad():
