@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from signalbox.adapters.base import AdapterError, AdapterFacts, BaseShape, Limits
 from signalbox.adapters.files import (
@@ -23,6 +23,7 @@ from signalbox.adapters.files import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CONFIG = "expert_cfg.json"
@@ -34,6 +35,16 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The first release's keys lack `model.`.
 _KEY = re.compile(r"(?:model\.)?layers\.(\d{1,5})\.mlp\.experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj)\.weight")
 _Place = tuple[int, int, str]  # layer, expert, projection
+
+
+class Part(NamedTuple):
+    """A tensor in a file: `nbytes` from byte `start` on."""
+
+    path: str
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class EsftAdapter:
@@ -79,6 +90,14 @@ class EsftAdapter:
             found[projection] = file.read(entry)
             if finite:
                 check_finite(entry, found[projection])
+        return found
+
+    def parts(self, layer: int, expert: int) -> dict[str, Part]:
+        """Where one retrained expert's tensors are, by projection, for another process to read while this is open."""
+        found = {}
+        for projection in PROJECTIONS:
+            file, entry = self._places[layer, expert, projection]
+            found[projection] = Part(file.shared_path, entry.start, entry.nbytes, entry.torch_dtype, entry.shape)
         return found
 
     def facts(self) -> AdapterFacts:

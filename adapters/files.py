@@ -24,6 +24,7 @@ import orjson
 from signalbox.adapters.base import AdapterError, Limits
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_JSON_BYTES = 16 << 20  # an ESFT index of 256 experts in 60 layers has some 5 MB
@@ -168,6 +169,13 @@ class TensorEntry:
         """Number of its elements."""
         return math.prod(self.shape)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype in torch."""
+        import torch
+
+        return getattr(torch, DTYPES[self.dtype][0])  # type: ignore[no-any-return]
+
 
 class SafetensorsFile:
     """A safetensors file: its header is checked wholly on construction, tensors are read one at a time.
@@ -197,6 +205,11 @@ class SafetensorsFile:
             place = entry.end
         if place != size:
             self._bad(f"it has {size:,} bytes where its header says {place:,}; it is cut short or padded")
+
+    @property
+    def shared_path(self) -> str:
+        """Where another process of this user finds this very file while it is open here, whatever lies at its name."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor's values, in memory of its own."""
@@ -239,7 +252,7 @@ def tensor_of(entry: TensorEntry, data: bytearray) -> Tensor:
     """The bytes as a tensor of the entry's shape and dtype, sharing their memory."""
     import torch
 
-    return torch.frombuffer(data, dtype=getattr(torch, DTYPES[entry.dtype][0])).view(entry.shape)
+    return torch.frombuffer(data, dtype=entry.torch_dtype).view(entry.shape)
 
 
 def check_finite(entry: TensorEntry, tensor: Tensor) -> None:

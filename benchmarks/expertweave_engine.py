@@ -106,23 +106,24 @@ class Engine:
         self.rpc("expertweave_load", slot, path)
         during, started, report = [], time.perf_counter(), {"state": "loading"}
         last = started
-        while report["state"] in ("loading", "arrived"):
+        while report["state"] == "loading":
             self._engine.step()
             report = self.rpc("expertweave_poll", slot)
             now = time.perf_counter()
             during.append(1e3 * (now - last))  # with the poll: what a stream's client sees
             last = now
         seconds = last - started
+        started = time.perf_counter()
         self.rpc("expertweave_unload", slot)
-        unloading = self._steps(200)
+        pause = 1e3 * (time.perf_counter() - started)
+        unloading = self._steps(50)
+        unloading[0] += pause
         self._drop()
-        self._settled(slot)
         return report | {"wall_s": seconds, "before": before, "during": during, "unloading": unloading}
 
     def unload(self, slot: int) -> None:
         """Free a slot."""
         self.rpc("expertweave_unload", slot)
-        self._settled(slot)
 
     def decode(self, owners: Sequence[Owner], steps: int, prompt: int, seed: int) -> list[float]:
         """Milliseconds of each of `steps` decode steps with one request for each owner."""
@@ -198,9 +199,8 @@ class Engine:
             report: dict[str, Any] = self.rpc("expertweave_poll", slot)
             if report["state"] == "failed":
                 raise RuntimeError(report["error"])
-            if report["state"] not in ("loading", "arrived", "unloading"):
+            if report["state"] != "loading":
                 return report
-            time.sleep(0.002)
 
     def _prompt(self, rng: np.random.Generator, task: int, length: int) -> list[int]:
         tokens = task + self._tasks * rng.integers(self._vocabulary // self._tasks, size=length)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from signalbox.experts.expertweave import weave
+from signalbox.experts.expertweave.staging import Staged
 from signalbox.experts.expertweave.worker import ExpertWeaveWorker, _loader
 
 SHARE = 0.25  # of picks that go to a task's tuned experts under skewed use; by ESFT's threshold at least 0.2
@@ -27,11 +28,23 @@ Tuned = dict[int, list[int]]  # layer -> experts
 
 
 class RandomExperts:
-    """An adapter whose experts are random numbers made on the device: an `ExpertSource`."""
+    """An adapter whose experts are random numbers made on the device, some at each poll: a `Feed`."""
+
+    AT_ONCE = 24
 
     def __init__(self, seed: int, tuned: Tuned, shape: tuple[int, int], scale: float) -> None:
         self.experts = {layer: tuple(experts) for layer, experts in tuned.items() if experts}
         self._seed, self._shape, self._scale = seed, shape, scale
+        self._wanted: list[tuple[int, int]] = []
+
+    def start(self, wanted: list[tuple[int, int]]) -> None:
+        self._wanted = list(wanted)
+
+    def ready(self) -> Iterator[Staged]:
+        now, self._wanted = self._wanted[: self.AT_ONCE], self._wanted[self.AT_ONCE :]
+        for layer, expert in now:
+            digest = f"{self._seed}.{layer}.{expert}".encode()
+            yield Staged(layer, expert, self.read(layer, expert), digest, lambda: None)
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
         generator = torch.Generator("cuda").manual_seed((self._seed * 64 + layer) * 1024 + expert)

@@ -30,7 +30,7 @@ from signalbox.experts.vllm_versions import BASE, Bound
 if TYPE_CHECKING:
     from signalbox.experts.vllm_versions import Core
 
-_POLL_S = 0.02  # seconds between two looks at an adapter that loads
+_POLL_S = 0.005  # seconds between two polls of an adapter that loads: each of them copies what has been read
 
 
 class VllmAdapters(EngineAdapters):
@@ -102,20 +102,20 @@ class VllmAdapters(EngineAdapters):
         self._bound[slot.name] = Bound(slot=slot.index, salt=f"{slot.name}#{next(self._numbers)}")
         with vllm_versions.translated_load(self.expert, slot.name):
             await core.workers("expertweave_load", slot.index, path)
-            reports = await self._settled(core, slot, {"loading", "arrived"})
+            reports = await self._loaded(core, slot)
         for report in reports:
             if report["state"] == "failed":
                 if report["code"] in ("adapter_memory_full", "adapter_slots_full"):
                     raise QueueFull(f"expert {self.expert!r}: {report['error']}", code=report["code"])
                 raise AdapterError(report["error"], code=report["code"], tensor=report["tensor"])
 
-    async def _settled(self, core: Core, slot: Slot, passing: set[str]) -> list[dict[str, Any]]:
-        """The workers' reports on a slot, once none of them is in a passing state."""
+    async def _loaded(self, core: Core, slot: Slot) -> list[dict[str, Any]]:
+        """The workers' reports on a slot, once none of them loads any more."""
         failed: list[dict[str, Any]] = []  # a failure is told once
         while True:
             reports = await core.workers("expertweave_poll", slot.index)
             failed += [report for report in reports if report["state"] == "failed"]
-            if not any(report["state"] in passing for report in reports):
+            if not any(report["state"] == "loading" for report in reports):
                 return failed + [report for report in reports if report["state"] != "failed"]
             await asyncio.sleep(_POLL_S)
 
@@ -137,7 +137,6 @@ class VllmAdapters(EngineAdapters):
                 await core.remove_lora(bound.lora)
             elif bound.slot is not None:
                 await core.workers("expertweave_unload", bound.slot)
-                await self._settled(core, slot, {"loading", "arrived", "unloading"})
         self._table.give_back(slot)
 
 

@@ -26,17 +26,17 @@ class RoundedRows(FullRows):
 
     def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
         """See `Store`."""
-        rounded = [
+        super().write(row, expert, *self._rounded(expert, w13, w2))
+
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
+        """See `Store`."""
+        return super().equal(row, expert, *self._rounded(expert, w13, w2))
+
+    def _rounded(self, expert: int, w13: Tensor, w2: Tensor) -> list[Tensor]:
+        return [
             apply_difference(base[expert], *difference_of(base[expert], tuned))
             for base, tuned in zip(self._base, (w13, w2), strict=True)
         ]
-        super().write(row, expert, *rounded)
-
-    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
-        """See `Store`; equal weights of the same expert are equal differences."""
-        if row < len(self._base[0]):
-            return torch.equal(self._base[0][row], w13) and torch.equal(self._base[1][row], w2)
-        return False
 
 
 class DifferenceRows:
@@ -79,16 +79,16 @@ class DifferenceRows:
             scales.tensor[entry].copy_(steps)
         self.base_of[entry : entry + 1].fill_(expert)
 
-    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
         """See `Store`."""
         if row < self.base_rows:
-            return torch.equal(self.w13[row], w13) and torch.equal(self.w2[row], w2)
+            return (self.w13[row] == w13).all() & (self.w2[row] == w2).all()
         entry = row - self.base_rows
+        same = self.base_of[entry] == expert
         for base, tuned, (packed, scales) in zip((self.w13, self.w2), (w13, w2), self._pairs, strict=True):
             nibbles, steps = difference_of(base[expert], tuned)
-            if not (torch.equal(packed.tensor[entry], nibbles) and torch.equal(scales.tensor[entry], steps)):
-                return False
-        return int(self.base_of[entry]) == expert
+            same = same & (packed.tensor[entry] == nibbles).all() & (scales.tensor[entry] == steps).all()
+        return same
 
 
 def _difference_tensors(base: Tensor, rows: int, pool: PagePool | None) -> tuple[RowTensor, RowTensor]:

@@ -162,11 +162,8 @@ def _device_store(layer: Any, woven: WovenLayer) -> Store:
 def _keep_memory(woven: WovenLayer) -> None:
     """Take the pages for adapters before vLLM gives what is left to the KV cache."""
     weave, settings = woven.weave, woven.weave.settings
-    if settings.memory_bytes:
-        if len(weave.layers) == 1:
-            weave.keep_memory(settings.memory_bytes)
-        return
-    weave.keep_memory(int(FILLED * settings.extra_rows * woven.store.row_bytes))
+    all_layers = FILLED * settings.extra_rows * woven.store.row_bytes * len(weave.layers)
+    weave.keep_memory(settings.memory_bytes or int(all_layers))
 
 
 def _host_store(layer: Any, woven: WovenLayer, experts: Any, plain: tuple[Tensor, Tensor]) -> Store:

@@ -1,16 +1,14 @@
-"""Loading an adapter into a weave's rows beside running steps, and taking it out again.
+"""Loading an adapter into a weave's rows between running steps, and taking it out again.
 
-A few threads each read one tuned expert after another into pinned memory, copy it to the device on a stream of their
-own, and write it into its row. An expert equal to the base's own, or to one that another adapter holds, takes no row.
+Everything here runs in the worker's own thread, between two steps, and waits for nothing: a process beside it reads
+the files (`staging`), copies are enqueued on a stream of their own, and what they brought is looked at when they are
+done. An expert equal to the base's own, or to one that another adapter holds, keeps no row of its own.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,241 +16,240 @@ import torch
 from torch import Tensor
 
 from signalbox.adapters.base import AdapterError
-from signalbox.adapters.esft_format import EsftAdapter
-from signalbox.adapters.expert_rows import OutOfRows, digest_of
+from signalbox.adapters.expert_rows import OutOfRows
+from signalbox.experts.expertweave.staging import Staged
 from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.virtual_tensor import OutOfPages
 
-READERS = 3  # threads: as many as keep the bus busy; more take the interpreter from the steps
-State = Literal["loading", "arrived", "ready", "failed", "unloading", "gone"]
+State = Literal["loading", "ready", "failed", "unloading", "gone"]
 
 
-class ExpertSource(Protocol):
-    """Where tuned experts come from: `adapters.esft_format.EsftAdapter`, or a benchmark's random weights."""
+class Feed(Protocol):
+    """Where an adapter's experts come from."""
 
     experts: dict[int, tuple[int, ...]]
 
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """`gate_proj` and `up_proj` [intermediate, hidden], `down_proj` [hidden, intermediate]; from any thread."""
+    def start(self, wanted: list[tuple[int, int]]) -> None:
+        """These (layer, expert) are wanted, each once."""
+
+    def ready(self) -> Iterator[Staged]:
+        """Those that are there and were not handed over yet; never waits."""
 
     def close(self) -> None:
-        """Nothing is read any more."""
+        """Nothing more is wanted."""
 
 
-class FolderSource:
-    """An adapter's folder. Values are checked on the device, where that costs next to nothing."""
+@dataclass(slots=True)
+class _Arrival:
+    """An expert in its own row, and what must be known before the adapter serves: flags on the device."""
 
-    def __init__(self, adapter: EsftAdapter) -> None:
-        self._adapter = adapter
-        self.experts = adapter.experts
-
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """See `ExpertSource`."""
-        return self._adapter.expert(layer, expert, finite=False)
-
-    def close(self) -> None:
-        """See `ExpertSource`."""
-        self._adapter.close()
+    layer: WovenLayer
+    expert: int
+    row: int
+    key: bytes
+    twin: int | None  # a row that may hold the same
+    flags: Tensor  # bool [3]: finite, equal to the base's, equal to the twin's
 
 
 @dataclass(slots=True)
 class Load:
-    """One adapter's way into the weave. placed: {layer: {expert: row}}; own: rows it holds a share of, by layer."""
+    """One adapter's way into the weave. `missing` experts have not been copied yet."""
 
     slot: int
+    feed: Feed
+    missing: int
     state: State = "loading"
-    error: str = ""
-    code: str = ""  # of the failure: adapter_slots_full, adapter_memory_full, or the AdapterError's
-    tensor: str | None = None
-    placed: dict[int, dict[int, int]] = field(default_factory=dict)
-    seconds: float = 0.0
-    nbytes: int = 0
-    shared: int = 0  # experts that took no row of their own
-    cancelled: bool = False
-
-    def report(self) -> dict[str, Any]:
-        """As an answer to the engine: plain values."""
-        held = sum(len(experts) for experts in self.placed.values())
-        return {
-            "state": self.state,
-            "error": self.error,
-            "code": self.code,
-            "tensor": self.tensor,
-            "seconds": self.seconds,
-            "nbytes": self.nbytes,
-            "experts": held,
-            "shared": self.shared,
-        }
+    arrivals: list[_Arrival] = field(default_factory=list)
+    placed: dict[int, dict[int, int]] = field(default_factory=dict)  # layer -> expert -> row
+    report: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    copied: Any = None  # the event after its last copy
 
 
 class Loader:
-    """The loads of one weave. All but the threads' work is called between steps, by the worker."""
+    """The loads and unloads of one weave. All methods are called between steps, and `poll` again and again."""
 
     def __init__(self, weave: Weave) -> None:
         self._weave = weave
         self._loads: dict[int, Load] = {}  # by slot, until it is gone
-        self._readers = threading.local()
+        self._cuda = weave.device.type == "cuda"
+        self._lane = torch.cuda.Stream(weave.device) if self._cuda else None
+        self._releases: list[tuple[Any, Callable[[], None]]] = []  # pinned memory, by the event after its copy
 
-    def begin(self, slot: int, source: ExpertSource) -> None:
-        """Start loading into a free slot."""
+    def begin(self, slot: int, feed: Feed) -> None:
+        """Start loading into a free slot. Raises ValueError for another, `AdapterError` for unknown layers."""
         if not 0 <= slot < self._weave.settings.slots or slot in self._loads:
             raise ValueError(f"slot {slot} is not free")
-        load = self._loads[slot] = Load(slot)
-        threading.Thread(target=self._run, args=(load, source), name=f"esft-load-{slot}", daemon=True).start()
+        if unknown := sorted(set(feed.experts) - set(self._weave.layers)):
+            raise AdapterError(f"the engine has no routed experts in layer {unknown[0]}", code="unknown_module")
+        layers = self._weave.layers
+        wanted = [  # those of this rank
+            (number, expert)
+            for number, ids in feed.experts.items()
+            for expert in ids
+            if layers[number].local[expert] >= 0
+        ]
+        self._loads[slot] = Load(slot, feed, len(wanted))
+        feed.start(wanted)
 
     def poll(self, slot: int) -> dict[str, Any]:
-        """How a load stands; one whose experts have all arrived becomes reachable here."""
+        """Go on with a slot's load; a plain report of where it stands. When all is there, it takes effect here."""
         load = self._loads.get(slot)
+        self._free_places()
         if load is None:
-            return Load(slot, state="gone").report()
-        if load.state == "arrived":
-            self._weave.commit(slot, load.placed)
-            load.state = "ready"
-        elif load.state in ("failed", "gone"):
+            return {"state": "gone"}
+        if load.state == "loading":
+            try:
+                self._advance(load)
+            except Exception as error:
+                self._abandon(load, error)
+        report = {"state": load.state, **load.report}
+        if load.state == "failed":
             del self._loads[slot]
-        return load.report()
+        return report
 
     def unload(self, slot: int) -> None:
-        """Make the adapter unreachable now, and give its rows back in a thread; a load that still runs ends."""
-        load = self._loads.get(slot)
-        if load is None or load.state in ("unloading", "gone"):
+        """From the next step on nothing uses the adapter, and its memory is free; a load that still runs ends."""
+        load = self._loads.pop(slot, None)
+        if load is None:
             return
-        load.cancelled = True
-        if load.state == "loading":
-            return  # its thread sees to it
-        self._weave.commit(slot, {})
-        load.state = "unloading"
-        threading.Thread(target=self._give_back, args=(load, "gone"), name=f"esft-unload-{slot}", daemon=True).start()
+        if load.state == "ready":
+            self._weave.commit(slot, {})
+        else:
+            self._stop(load)
+        self._give_back(load)
 
-    def slots(self) -> list[int]:
-        """Slots that are not free."""
-        return list(self._loads)
+    # -- inside --------------------------------------------------------------------------------------------
 
-    # -- in threads ----------------------------------------------------------------------------------------
+    def _advance(self, load: Load) -> None:
+        with torch.cuda.stream(self._lane):
+            for staged in load.feed.ready():
+                load.arrivals.append(self._place(staged))
+                load.missing -= 1
+                load.copied = self._event()
+                self._releases.append((load.copied, staged.release))
+        if load.missing or not (load.copied is None or load.copied.query()):
+            return
+        load.feed.close()
+        self._look(load)
+        self._weave.commit(load.slot, load.placed)
+        load.state = "ready"
+        load.report |= {
+            "seconds": time.perf_counter() - load.started,
+            "experts": sum(map(len, load.placed.values())),
+            "shared": len(load.arrivals) - sum(a.row == load.placed[a.layer.number][a.expert] for a in load.arrivals),
+        }
+        load.arrivals = []
 
-    def _run(self, load: Load, source: ExpertSource) -> None:
-        started = time.perf_counter()
-        work = [(layer, expert) for layer, experts in source.experts.items() for expert in experts]
+    def _place(self, staged: Staged) -> _Arrival:
+        """Into a row of its own, all enqueued."""
+        layer = self._weave.layers[staged.layer]
+        base, store = layer.local[staged.expert], layer.store
+        row = layer.rows.take(1)[0]
         try:
-            unknown = sorted(set(source.experts) - set(self._weave.layers))
-            if unknown:
-                raise AdapterError(f"the engine has no routed experts in layer {unknown[0]}", code="unknown_module")
-            with ThreadPoolExecutor(READERS, thread_name_prefix="esft-read") as readers:
-                futures = [readers.submit(self._bring, load, source, layer, expert) for layer, expert in work]
-                for future in futures:
-                    try:
-                        future.result()
-                    except BaseException:
-                        load.cancelled = True  # the others need not go on
-                        raise
-            load.seconds = time.perf_counter() - started
-            if not load.cancelled:
-                load.state = "arrived"
-                return
-            self._give_back(load, "gone")
-        except BaseException as error:
-            load.error, load.code, load.tensor = _reason(error)
-            self._give_back(load, "failed")
-        finally:
-            source.close()
-
-    def _bring(self, load: Load, source: ExpertSource, number: int, expert: int) -> None:
-        """One expert into its row."""
-        layer = self._weave.layers[number]
-        if load.cancelled or layer.local[expert] < 0:  # of another rank
-            return
-        parts = source.read(number, expert)
-        with self._on_device() as staged:
-            w13, w2 = staged(parts)
-            if not (w13.isfinite().all() & w2.isfinite().all()):
-                raise AdapterError(
-                    f"expert {expert} of layer {number} has values that are not finite: its training diverged or the "
-                    "file is damaged",
-                    code="not_finite",
-                    tensor=f"model.layers.{number}.mlp.experts.{expert}",
-                )
-            row = self._place(load, layer, expert, digest_of([parts[name] for name in sorted(parts)]), w13, w2)
-            layer_placed = load.placed.setdefault(number, {})
-            layer_placed[expert] = row
-            load.nbytes += sum(part.nbytes for part in parts.values())
-
-    def _place(self, load: Load, layer: WovenLayer, expert: int, digest: bytes, w13: Tensor, w2: Tensor) -> int:
-        """The row of these weights: one that holds them already, or a new one that they are written to."""
-        base = layer.local[expert]
-        store = layer.store
-        if store.equal(base, base, w13, w2):
-            load.shared += 1
-            return base
-        key = digest + base.to_bytes(4, "little")
-        with layer.lock:
-            held = layer.rows.share(key)
-        if held is not None:
-            if store.equal(held, base, w13, w2):
-                load.shared += 1
-                return held
-            with layer.lock:
-                freed = layer.rows.give_back([held])
-                store.give_back(freed)
-        with layer.lock:
-            row = layer.rows.take(1)[0]
-            try:
-                store.take([row])
-            except BaseException:
-                layer.rows.give_back([row])
-                raise
+            store.take([row])
+        except BaseException:
+            layer.rows.give_back([row])
+            raise
+        w13, w2 = self._laid_out(staged.parts)
         store.write(row, base, w13, w2)
-        if w13.is_cuda:
-            torch.cuda.current_stream().synchronize()  # whoever shares it from now on may compare at once
-        with layer.lock:
-            if held is None:
-                layer.rows.keep(row, key)
-        return row
-
-    def _give_back(self, load: Load, state: State) -> None:
-        """Return an adapter's rows, which no table names any more."""
-        for number, experts in load.placed.items():
-            layer = self._weave.layers[number]
-            with layer.lock:
-                tuned = [row for row in experts.values() if row >= layer.base_rows]
-                layer.store.give_back(layer.rows.give_back(tuned))
-        load.placed = {}
-        load.state = state
-
-    @contextmanager
-    def _on_device(self) -> Iterator[Any]:
-        """Gives a function that stages an expert's parts on the device: (gate over up [1, ..], down [1, ..])."""
-        device = self._weave.device
-        if device.type != "cuda":
-            yield self._laid_out
-            return
-        lane = getattr(self._readers, "lane", None)
-        if lane is None:
-            lane = self._readers.lane = torch.cuda.Stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(lane):
-
-            def staged(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                moved = {
-                    name: part if part.is_cuda else part.pin_memory().to(device, non_blocking=True)
-                    for name, part in parts.items()
-                }
-                return self._laid_out(moved)
-
-            yield staged
-            lane.synchronize()
+        key = staged.digest + base.to_bytes(4, "little")
+        twin = layer.rows.share(key)
+        finite = w13.isfinite().all() & w2.isfinite().all()
+        as_twin = finite.new_zeros(()) if twin is None else store.equal(twin, base, w13, w2)
+        flags = torch.stack([finite, store.equal(base, base, w13, w2), as_twin])
+        return _Arrival(layer, staged.expert, row, key, twin, flags)
 
     def _laid_out(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's share of an expert: [2 * intermediate / ranks, hidden] and [hidden, intermediate / ranks]."""
         rank, ranks = self._weave.shard
-        gate, up = (parts[name].chunk(ranks, dim=0)[rank] for name in ("gate_proj", "up_proj"))
-        down = parts["down_proj"].chunk(ranks, dim=1)[rank]
+        moved = {name: part.to(self._weave.device, non_blocking=True) for name, part in parts.items()}
+        gate, up = (moved[name].chunk(ranks, dim=0)[rank] for name in ("gate_proj", "up_proj"))
+        down = moved["down_proj"].chunk(ranks, dim=1)[rank]
         return torch.cat([gate, up]).to(self._weave.dtype), down.to(self._weave.dtype).contiguous()
 
+    def _look(self, load: Load) -> None:
+        """With all copied: refuse what is not finite, and keep one row of what is there twice. Fills `placed`."""
+        flags = torch.stack([arrival.flags for arrival in load.arrivals]).tolist() if load.arrivals else []
+        for arrival, (finite, _, _) in zip(load.arrivals, flags, strict=True):
+            if not finite:
+                name = f"model.layers.{arrival.layer.number}.mlp.experts.{arrival.expert}"
+                raise AdapterError(
+                    f"{name} has values that are not finite: its training diverged or the file is damaged",
+                    code="not_finite",
+                    tensor=name,
+                )
+        for arrival, (_, as_base, as_twin) in zip(load.arrivals, flags, strict=True):
+            layer, row = arrival.layer, arrival.row
+            unused = [arrival.twin] if arrival.twin is not None and (as_base or not as_twin) else []
+            if as_base:
+                unused.append(row)
+                row = layer.local[arrival.expert]
+            elif as_twin and arrival.twin is not None:
+                unused.append(row)
+                row = arrival.twin
+            elif arrival.twin is None:
+                layer.rows.keep(row, arrival.key)
+            self._free_rows(layer, unused)
+            load.placed.setdefault(layer.number, {})[arrival.expert] = row
+            arrival.twin = None
 
-def _reason(error: BaseException) -> tuple[str, str, str | None]:
+    def _abandon(self, load: Load, error: Exception) -> None:
+        load.report = dict(zip(("error", "code", "tensor"), _reason(error), strict=True))
+        self._stop(load)
+        self._give_back(load)
+        load.state = "failed"
+
+    def _stop(self, load: Load) -> None:
+        """No copy of it is under way after this."""
+        load.feed.close()
+        if load.copied is not None:
+            load.copied.synchronize()
+
+    def _give_back(self, load: Load) -> None:
+        """Return an adapter's rows, which no table names any more."""
+        for arrival in load.arrivals:  # it never served
+            self._free_rows(arrival.layer, [arrival.row] + ([] if arrival.twin is None else [arrival.twin]))
+        for number, experts in load.placed.items():
+            self._free_rows(self._weave.layers[number], list(experts.values()))
+        load.placed, load.arrivals = {}, []
+
+    def _free_rows(self, layer: WovenLayer, rows: list[int]) -> None:
+        tuned = [row for row in rows if row >= layer.base_rows]
+        layer.store.give_back(layer.rows.give_back(tuned))
+
+    def _free_places(self) -> None:
+        waiting = []
+        for event, release in self._releases:
+            if event.query():
+                release()
+            else:
+                waiting.append((event, release))
+        self._releases = waiting
+
+    def _event(self) -> Any:
+        if not self._cuda:
+            return _Done()
+        event = torch.cuda.Event()
+        event.record(self._lane)
+        return event
+
+
+class _Done:
+    """The event after a copy where copies are made at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _reason(error: Exception) -> tuple[str, str, str | None]:
     """(message, code, tensor) of a load that failed."""
     if isinstance(error, AdapterError):
         return error.message, error.code, error.tensor
-    if isinstance(error, OutOfPages):
+    if isinstance(error, OutOfPages | torch.OutOfMemoryError):
         return f"the device memory kept for adapters is full: {error}", "adapter_memory_full", None
     if isinstance(error, OutOfRows):
         return f"a layer's rows for adapters are all taken: {error}", "adapter_slots_full", None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from signalbox.kernels.virtual_tensor import RowTensor
@@ -31,8 +30,8 @@ class Store(Protocol):
     def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
         """Store a tuned expert; `expert` is the base's row that it replaces."""
 
-    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
-        """Whether a row holds exactly what `write` would store there. `row` may be the base's own."""
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
+        """Whether a row holds what `write` would store: bool [] on the device. `row` may be the base's own."""
 
 
 Pack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -68,10 +67,10 @@ class FullRows:
         self.w13[row].copy_(w13)
         self.w2[row].copy_(w2)
 
-    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> bool:
+    def equal(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> Tensor:
         """See `Store`."""
         w13, w2 = self._pack(w13, w2)
-        return torch.equal(self.w13[row], w13) and torch.equal(self.w2[row], w2)
+        return (self.w13[row] == w13).all() & (self.w2[row] == w2).all()
 
 
 def take_all(parts: Sequence[RowTensor], rows: Sequence[int]) -> None:

@@ -91,9 +91,12 @@ class Weave:
         return self._shape
 
     def keep_memory(self, nbytes: int) -> None:
-        """Take so many bytes more of the device's memory for adapters, before the KV cache takes what is left."""
+        """Take so many bytes of the device's memory for adapters, before the KV cache takes what is left.
+
+        Called after each layer, whose base may have used pages that were kept before.
+        """
         if self.pool is not None:
-            self.pool.reserve(self.pool.pages_free + -(-nbytes // self.pool.page_bytes))
+            self.pool.reserve(-(-nbytes // self.pool.page_bytes))
 
     def seal(self) -> None:
         """The model is ready: from now on adapters have the memory that was kept for them and no more."""

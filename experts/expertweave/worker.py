@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from signalbox.experts.expertweave import weave
-from signalbox.experts.expertweave.loading import FolderSource, Loader
+from signalbox.experts.expertweave.loading import Loader
 from signalbox.experts.expertweave.settings import CannotWeave
+from signalbox.experts.expertweave.stage import ALIGNMENT
+from signalbox.experts.expertweave.staging import FolderFeed, Stager
 
 
 class ExpertWeaveWorker:
@@ -22,6 +24,7 @@ class ExpertWeaveWorker:
                 "experts are quantised"
             )
         woven.seal()
+        _stager()
         return self.expertweave_memory()
 
     def expertweave_load(self, slot: int, path: str) -> None:
@@ -29,16 +32,20 @@ class ExpertWeaveWorker:
         from signalbox.adapters.base import Limits
         from signalbox.adapters.esft_format import EsftAdapter
 
-        woven, folder = _woven(), Path(path)
-        source = EsftAdapter(folder, woven.shape, Limits(roots=(folder,)))
-        _loader().begin(slot, FolderSource(source))
+        folder = Path(path)
+        feed = FolderFeed(EsftAdapter(folder, _woven().shape, Limits(roots=(folder,))), _stager())
+        try:
+            _loader().begin(slot, feed)
+        except BaseException:
+            feed.close()
+            raise
 
     def expertweave_poll(self, slot: int) -> dict[str, Any]:
-        """How a load or an unload stands; a load whose experts have all arrived takes effect here."""
+        """Go on with a load and say how it stands; one whose experts have all arrived takes effect here."""
         return _loader().poll(slot)
 
     def expertweave_unload(self, slot: int) -> None:
-        """No step from the next one on uses the adapter; its memory is given back beside them."""
+        """No step from the next one on uses the adapter, and its memory is free."""
         _loader().unload(slot)
 
     def expertweave_memory(self) -> dict[str, int]:
@@ -63,3 +70,18 @@ def _loader() -> Loader:
         _loaders.clear()
         found = _loaders[id(woven)] = Loader(woven)
     return found
+
+
+_stagers: list[Stager] = []  # none or one; vLLM's worker has no place for it
+
+
+def _stager() -> Stager:
+    woven = _woven()
+    if _stagers and not _stagers[0].alive:
+        _stagers.pop().close()
+    if not _stagers:
+        widest = sum(
+            4 * rows * columns + ALIGNMENT for rows, columns in woven.shape.expert_linears.values()
+        )  # float32 at most
+        _stagers.append(Stager(widest, pinned=woven.device.type == "cuda"))
+    return _stagers[0]
