@@ -111,7 +111,7 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_difference(packed: Tensor, scales: Tensor) -> Tensor:
-    """The differences themselves, float32 [..., N, K], exactly what the kernel adds."""
+    """The differences themselves, float32 [..., N, K]. The kernel may round each once to the inputs' dtype."""
     group = packed.shape[-1] * 2 // scales.shape[-2]
     halves = packed.unflatten(-1, (-1, group))
     numbers = torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3, -2).float() + LOWEST

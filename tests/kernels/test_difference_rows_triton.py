@@ -38,7 +38,7 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: 
     pointers |= {"x_row": "i64", "full_row": "i64"}
     for features, inner, top_k in ((2816, 2048, 6), (2048, 1408, 1)):
         blocks = blocks_of(tokens, inner, differences)
-        launch = launch_of(blocks, inner, differences)
+        launch = launch_of(blocks, inner, differences, torch.bfloat16)
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
         constants = launch | {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": top_k == 1}
         ptx, usage = compile_for_hopper(woven_product_kernel, pointers, constants, **options)
