@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,10 @@ class Running:
             time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("service")
-    model = save_tiny(folder / "tiny", head_dim=32)
-    vllm = {"engine": "vllm", "model": str(model), "gpus": 0, "dtype": "float32", "enforce_eager": True}
-    plain = {"engine": "transformers", "model": str(model), "dtype": "float32", "threads": 1, "device": "cpu"}
-    experts = {"good": vllm, "broken": {**vllm, "max_model_len": 99_999}, "plain": plain}
-    (folder / "c.yaml").write_text(yaml.safe_dump({"experts": experts}))
+@contextmanager
+def serving(folder: Path, config: dict[str, Any]) -> Iterator[Running]:
+    """`signalbox serve` with a configuration, ready; afterwards no process of it is left."""
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,6 +88,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         process.send_signal(signal.SIGINT)
         process.wait(60)
         assert not [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("service")
+    model = save_tiny(folder / "tiny", head_dim=32)
+    vllm = {"engine": "vllm", "model": str(model), "gpus": 0, "dtype": "float32", "enforce_eager": True}
+    plain = {"engine": "transformers", "model": str(model), "dtype": "float32", "threads": 1, "device": "cpu"}
+    experts = {"good": vllm, "broken": {**vllm, "max_model_len": 99_999}, "plain": plain}
+    with serving(folder, {"experts": experts}) as running:
+        yield running
 
 
 def test_one_expert_that_cannot_start_says_why_and_the_rest_serves(service: Running) -> None:
