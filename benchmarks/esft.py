@@ -118,6 +118,7 @@ def main(
     data: Annotated[Path, typer.Option(help="folder with tasks/ and routing/")] = ROOT.parent / "shared" / "data",
     out: Annotated[Path, typer.Option(help="for the base, the adapters and their answers")] = ROOT / ".run/bench_esft",
     tokenizer: Annotated[Path | None, typer.Option(help="folder of a tokenizer; else one is trained")] = None,
+    base: Annotated[Path | None, typer.Option(help="folder of a base that an earlier run trained")] = None,
     results: Annotated[Path | None, typer.Option(help="folder for esft.json; default benchmarks/results")] = None,
     steps: Annotated[int, typer.Option(help="of every way, on each task")] = 300,
     seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 75.0,
@@ -128,17 +129,19 @@ def main(
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     size = QUICK if quick else replace(Size(), seconds=seconds)
     steps = 40 if quick else steps
-    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in out.glob("*-esft"):
+        shutil.rmtree(folder)
     corpus = read_corpus(data, size.documents)
     say(f"{len(corpus.train)} general documents, {len(corpus.held_out)} held out")
-    base, rows = make_base(corpus, tokenizer, size, chosen, out / "base")
+    made, rows = (Base(base, str(base)), []) if base else make_base(corpus, tokenizer, size, chosen, out / "base")
     with tempfile.TemporaryDirectory() as work:
         effort = Effort(
             str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
         )
-        general = general_rows(_tokenizer(base), corpus, 20 if quick else 400, size.context)
-        seen = score_experts(load_base(base, chosen, torch.float32), packed_samples(general, length=1024))
-        run = Run(base, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen)
+        general = general_rows(_tokenizer(made), corpus, 20 if quick else 400, size.context)
+        seen = score_experts(load_base(made, chosen, torch.float32), packed_samples(general, length=1024))
+        run = Run(made, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen)
         rates = best_rates(run, 10 if quick else max(1, steps // 5), quick)
         for name in TASKS:
             rows += compare_ways(run, name, rates, out)
