@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from signalbox.kernels.align import Alignment
+from signalbox.kernels.align import Alignment, align_rows
 
 # Fractions of the scale that just covers a group's greatest difference; smaller ones clip it for the others' sake.
 SCALES = (8 / 7, 1.0, 0.925, 0.85, 0.775, 0.7)
@@ -36,13 +36,18 @@ class Differences(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Block sizes of the kernel and how it is launched; `m` is also the block of the alignment."""
+    """Block sizes of the kernel and how it is launched; `m` is also the block of the alignment.
+
+    added: differences are added to the weights, which makes each variant a group of picks of its own, instead of their
+    products to the base's: less to compute, but the base's rows are read for each variant.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    added: bool = False
 
 
 def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
@@ -62,8 +67,17 @@ def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
     elif tokens <= 512:
         blocks = Blocks(64, 64, 64, 4, 3) if differences else Blocks(64, 128, 64, 4 if tokens <= 128 else 8, 3)
     else:
-        blocks = Blocks(128, 128, 64, 8, 3)
+        blocks = Blocks(128, 128, 64, 8, 3, added=differences)
     return blocks._replace(k=min(blocks.k, in_features & -in_features))
+
+
+def align_picks(rows: Tensor, num_full: int, blocks: Blocks, differences: Differences | None) -> Alignment:
+    """The alignment that `woven_product` needs with these blocks; rows as there. Raises as `align_rows` does."""
+    if differences is None:
+        return align_rows(rows, blocks.m, num_full)
+    if blocks.added:
+        return align_rows(rows, blocks.m, num_full + len(differences.base_of))
+    return align_rows(rows, blocks.m, num_full, differences.base_of)
 
 
 def group_of(in_features: int) -> int:
@@ -140,11 +154,11 @@ def woven_product(
 
     x: [P / top_k, K]; full: [B, N, K] of x's dtype, rows contiguous in themselves; rows: int32 [P] in any shape; out:
     contiguous [P, N]; topk_weights: float32 [P] in any shape. W(r) is full[r], from B on the full row base_of[r - B]
-    plus difference r - B. alignment: `align_rows(rows, blocks.m, B, differences.base_of)`; blocks: `blocks_of` the
-    step's tokens and K. bf16, fp16 or fp32, sums in float32. Only the rows that picks name are read: the tensors may be
-    views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as `usual_rows`
-    different full rows need (all where it is None) and computes more all the same. Raises ValueError where the shapes
-    do not fit.
+    plus difference r - B. blocks: `blocks_of` the step's tokens and K, which may differ between linears in all but m
+    and added; alignment: `align_picks` with them. bf16, fp16 or fp32, sums in float32. Only the rows that picks name
+    are read: the tensors may be views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as
+    `usual_rows` different groups of picks need (all where it is None) and computes more all the same. Raises ValueError
+    where the shapes do not fit.
     """
     picks = rows.numel()
     if x.ndim != 2 or x.shape[0] * top_k != picks or out.shape != (picks, full.shape[1]) or x.shape[1] != full.shape[2]:

@@ -1,9 +1,9 @@
 """The Triton kernel of `woven_product`. Imported only where it runs.
 
-A program computes one tile of the output, a block of picks by some output features: first the product with the full
-row that all picks of the block share, then, for each variant that picks of the block have, the product with its
-difference, where all other picks' inputs are zero. Both are sums in the same float32 tile. A difference's group of
-columns is what one multiplication of matrices takes, so that its scale can be applied to the product.
+A program computes one tile of the output, a block of picks by some output features. Where bytes count: first the
+product with the full row that all picks of the block share, then, for each variant that picks of the block have, the
+product with its difference, where all other picks' inputs are zero. Both are sums in the same float32 tile. Where
+multiplications count (`Blocks.added`): one product, with the sum of both, for a block whose picks have the same row.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,6 +46,25 @@ UNPACK_BF16 = tl.constexpr("""
 }
 """)
 
+# Four weights: the nibbles of $2's bytes, of each the one that lies $7 bits up, times the scales in $3 and $4, added to
+# the weights in $5 and $6 and rounded once.
+ADD_BF16 = tl.constexpr("""
+{
+    .reg .b32 w, a, b, one, less;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 less, 0xC308C308;
+    shr.u32 w, $2, $7;
+    prmt.b32 a, w, 0, 0x4140;
+    prmt.b32 b, w, 0, 0x4342;
+    lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 a, a, one, less;
+    fma.rn.bf16x2 b, b, one, less;
+    fma.rn.bf16x2 $0, a, $3, $5;
+    fma.rn.bf16x2 $1, b, $4, $6;
+}
+""")
+
 
 @triton.jit
 def signed(nibble):
@@ -66,12 +85,27 @@ def halves(both, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def added(weights, both, scale, shift, ASSEMBLY: tl.constexpr):
+    """weights [n, k] plus the nibbles of bytes [n, k] that lie `shift` bits up, times scale [n]."""
+    if ASSEMBLY:
+        args = [both, scale[:, None], weights, shift]
+        found = tl.inline_asm_elementwise(
+            ADD_BF16, "=r,=r,r,r,r,r,r,r,r,r,r", args, dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        difference = signed((both.to(tl.int32) >> shift) & 15) * scale.to(tl.float32)[:, None]
+        found = (weights.to(tl.float32) + difference).to(weights.dtype)
+    return found
+
+
 @triton.jit(do_not_specialize=["picks", "num_full"])
 def woven_product_kernel(
     x,
     full,
     packed,
     scales,
+    base_of,
     rows,
     topk_weights,
     out,
@@ -87,6 +121,7 @@ def woven_product_kernel(
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
     DIFFERENCES: tl.constexpr,
+    ADDED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCALE_PRODUCT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -111,17 +146,33 @@ def woven_product_kernel(
         row = tl.load(block_rows + block)
         pick = tl.load(sorted_ids + block * BLOCK_M + m)
         real = pick < picks
-        if DIFFERENCES:
+        if ADDED:
+            variant = row - num_full
+            row = tl.load(base_of + variant, mask=variant >= 0, other=row)
+            end = tl.where((row < 0) | (variant >= 0), 0, K)
+        else:
+            end = tl.where(row < 0, 0, K)
+        if DIFFERENCES and not ADDED:
             variants = tl.load(rows + pick, mask=real, other=-1) - num_full
             variant = tl.min(tl.where(variants >= 0, variants, NONE), axis=0)
         x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
         full_at = full + row.to(tl.int64) * full_row + n_read[:, None] * K
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, tl.where(row < 0, 0, K), BLOCK_K):
+        for k0 in range(0, end, BLOCK_K):
             xs = tl.load(x_at + (k0 + k), mask=real[:, None], other=0.0)
             ws = tl.load(full_at + (k0 + k))
             acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
-        if DIFFERENCES:
+        if ADDED:
+            j = tl.arange(0, GROUP)[None, :]
+            packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+            scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
+            for g in tl.range(0, tl.where(variant < 0, 0, K // GROUP), num_stages=STAGES):
+                xs = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
+                ws = tl.load(full_at + (g * GROUP + j))
+                both = tl.load(packed_at + g // 2 * GROUP)
+                ws = added(ws, both, tl.load(scales_at + g * N), g % 2 * 4, ASSEMBLY)
+                acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
+        elif DIFFERENCES:
             j = tl.arange(0, GROUP)[None, :]
             while variant < NONE:
                 hit = (variants == variant)[:, None]
@@ -154,6 +205,7 @@ def launch_of(blocks: Blocks, in_features: int, differences: bool, dtype: torch.
     return {
         "GROUP": group_of(in_features) if differences else 0,
         "DIFFERENCES": differences,
+        "ADDED": differences and blocks.added,
         "SCALE_PRODUCT": blocks.m <= 16,
         "STAGES": blocks.stages if blocks.m <= 32 else 2,
         "ASSEMBLY": dtype == torch.bfloat16,
@@ -196,6 +248,7 @@ def woven_product_triton(
         full,
         stored.packed,
         stored.scales,
+        stored.base_of,
         rows,
         rows if topk_weights is None else topk_weights,
         out,

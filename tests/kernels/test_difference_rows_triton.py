@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from signalbox.kernels.align import Alignment, align_rows_torch
-from signalbox.kernels.difference_rows import Blocks, Differences, blocks_of
+from signalbox.kernels.difference_rows import Blocks, Differences, align_picks, blocks_of
 from tests.kernels.hopper import compile_for_hopper, run_interpreted
 from tests.kernels.test_difference_rows import by_hand, random_differences
 
@@ -33,7 +33,7 @@ def test_kernels_in_the_interpreter() -> None:
 def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: bool) -> None:
     from signalbox.kernels.difference_rows_triton import launch_of, woven_product_kernel
 
-    pointers = dict.fromkeys(("rows", "sorted_ids", "block_rows", "padded"), "*i32")
+    pointers = dict.fromkeys(("rows", "base_of", "sorted_ids", "block_rows", "padded"), "*i32")
     pointers |= dict.fromkeys(("x", "full", "out", "scales"), "*bf16") | {"packed": "*u8", "topk_weights": "*fp32"}
     pointers |= {"x_row": "i64", "full_row": "i64"}
     for features, inner, top_k in ((2816, 2048, 6), (2048, 1408, 1)):
@@ -62,7 +62,7 @@ if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
     count=st.integers(0, 8),
     features=st.sampled_from([16, 40]),
     inner=st.sampled_from([32, 96, 256]),
-    blocks=st.sampled_from([Blocks(16, 16, 32, 4, 3), Blocks(64, 32, 16, 4, 2)]),
+    blocks=st.sampled_from([Blocks(16, 16, 32, 4, 3), Blocks(64, 32, 16, 4, 2), Blocks(16, 32, 32, 4, 3, added=True)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     weighted=st.booleans(),
     usual_rows=st.sampled_from([None, 1]),
@@ -70,6 +70,7 @@ if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
 )
 @example(20, 2, 3, 8, 40, 128, Blocks(16, 32, 32, 4, 3), torch.float32, True, 1, 0)
 @example(70, 1, 2, 6, 16, 128, Blocks(64, 16, 64, 4, 3), torch.float16, False, None, 1)
+@example(40, 2, 3, 8, 40, 128, Blocks(16, 32, 64, 4, 3, added=True), torch.float16, True, 1, 3)
 @example(9, 2, 2, 0, 16, 48, Blocks(16, 16, 16, 4, 3), torch.float32, True, None, 2)
 def test_products_are_what_they_are_by_hand(
     tokens: int,
@@ -99,7 +100,7 @@ def test_products_are_what_they_are_by_hand(
         differences.scales[[i for i in range(count) if num_full + i not in used]] = float("nan")
         used |= {int(differences.base_of[row - num_full]) for row in used if row >= num_full}
     full[[row for row in range(num_full) if row not in used]] = float("nan")
-    alignment = align_rows_torch(rows, blocks.m, num_full, differences.base_of if differences else None)
+    alignment = align_picks(rows, num_full, blocks, differences)
     out = torch.full((rows.numel(), features), float("nan"), dtype=dtype, device=DEVICE)
     woven_product_triton(
         x.to(DEVICE),
