@@ -31,6 +31,7 @@ from signalbox.kernels.align import Alignment, align_rows, align_rows_torch
 from signalbox.kernels.difference_rows import (
     Blocks,
     Differences,
+    align_picks,
     blocks_of,
     difference_of,
     grouped_product,
@@ -38,16 +39,17 @@ from signalbox.kernels.difference_rows import (
 )
 from signalbox.kernels.reroute import BASE, reroute, reroute_table
 
-TOKENS = (1, 8, 32, 128, 256)
-ALIGNED_TOKENS = (*TOKENS, 2048)
+TOKENS = (1, 8, 32, 128, 256, 2048)
+PROMPT = 1024  # from so many tokens on: a few requests, each with its adapter
 RESERVED = 64 + 20 * 13  # rows of the paper's slots
 LAYERS = 4  # of one graph
 WORST_ERROR = 2e-2  # bf16 outputs against float64
 OTHER_BLOCKS = {
-    8: [Blocks(16, 64, 128, 4, 5), Blocks(16, 128, 64, 4, 4), Blocks(16, 32, 128, 4, 4)],
-    32: [Blocks(16, 64, 128, 4, 3), Blocks(16, 128, 64, 4, 4)],
+    8: [Blocks(16, 64, 128, 4, 5), Blocks(16, 32, 128, 4, 4)],
+    32: [Blocks(16, 64, 128, 4, 3), Blocks(16, 32, 128, 4, 4), Blocks(16, 64, 128, 4, 4, added=True)],
     128: [Blocks(16, 64, 128, 4, 4), Blocks(32, 128, 128, 8, 3), Blocks(64, 64, 64, 4, 3)],
     256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 128, 8, 3), Blocks(64, 128, 64, 8, 3)],
+    2048: [Blocks(128, 128, 64, 8, 3), Blocks(64, 128, 64, 8, 3, added=True)],
 }
 
 
@@ -104,7 +106,8 @@ def make_layer(shape: Shape, device: str, dtype: torch.dtype, draw: torch.Genera
 def picks_of(layer: Layer, tokens: int, use: str, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """(experts, rows) int32 [T, K]: tokens of the base, of all adapters, or of those with their own experts first."""
     shape, device = layer.shape, layer.table.device
-    owners = torch.arange(tokens, dtype=torch.int32, device=device) % shape.adapters
+    owners = torch.arange(tokens, dtype=torch.int32, device=device)
+    owners = owners * min(4, shape.adapters) // tokens if tokens >= PROMPT else owners % shape.adapters
     owners = torch.full_like(owners, BASE) if use == "base" else owners
     liking = torch.rand(tokens, shape.experts, generator=draw, device=device)
     if use == "skewed":
@@ -150,7 +153,7 @@ def ours(layer: Layer, batch: Batch, stored: str, blocks: tuple[Blocks, Blocks] 
     if as_differences:
         gate_up, down = gate_up[: shape.experts], down[: shape.experts]
         first, second = layer.gate_up_differences, layer.down_differences
-    alignment = align_rows(batch.rows, of_hidden.m, len(gate_up), first.base_of if first else None)
+    alignment = align_picks(batch.rows, len(gate_up), of_hidden, first)
 
     def product(up: Tensor, out: Tensor) -> None:
         for x, full, y, of, weights, k, sizes in (
@@ -170,7 +173,7 @@ def ours(layer: Layer, batch: Batch, stored: str, blocks: tuple[Blocks, Blocks] 
                 usual_rows=shape.experts,
             )
 
-    return product, "x".join(str(part) for part in of_hidden)
+    return product, "x".join(str(part) for part in of_hidden[:-1]) + (", added" if of_hidden.added else "")
 
 
 def vllm_s(layer: Layer, batch: Batch, assigned: str) -> Product:
@@ -379,7 +382,7 @@ def main(
             write_results("expert_rows", "python -m benchmarks.expert_rows", rows, out)
 
     with torch.inference_mode():
-        for tokens in (1, 8) if dry else ALIGNED_TOKENS:
+        for tokens in (1, 8) if dry else TOKENS:
             for count in (shape.experts, RESERVED):
                 run(f"alignment of {tokens} over {count}", partial(align_case, tokens, count, shape, device, draw))
         layer = make_layer(shape, device, dtype, draw)
