@@ -14,6 +14,7 @@ first task. Reported: accuracy on rows held out, bits per byte of general text h
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import tempfile
 import time
@@ -44,7 +45,7 @@ from signalbox.adapters.esft_format import EsftAdapter
 from signalbox.adapters.esft_scores import ExpertScores, packed_samples, read_scores, score_experts, write_scores
 from signalbox.adapters.esft_select import select_experts
 from signalbox.adapters.esft_train import applied, attach_experts
-from signalbox.adapters.train import Fit, Hyperparameters, Optimisation, attach, fit
+from signalbox.adapters.train import Optimisation, attach, fit
 from signalbox.adapters.train_data import Encoded, encode
 from signalbox.adapters.train_evaluate import greedy_answers, is_correct, reference_bits
 from signalbox.adapters.train_report import wilson
@@ -71,10 +72,10 @@ class Run:
     batch: int
     general: list[Encoded]
     general_scores: ExpertScores
+    control: bool
 
     def task(self, name: str) -> Task:
-        recipe = EsftRecipe.model_validate(self.recipe(name))
-        return read_task(self.base, recipe, self.effort, self.device, Watcher())
+        return read_task(self.base, self.esft(name), self.effort, self.device, Watcher())
 
     def recipe(self, name: str) -> dict[str, Any]:
         """The fields of both kinds of recipe."""
@@ -82,16 +83,17 @@ class Run:
         common = {"data": str(table), "kind": "classification", "text": "text", "label": TASKS[name]}
         return {**common, "steps": self.steps, "batch": self.batch, "longest": 256}
 
-    def options(self, rate: float, steps: int | None = None) -> Optimisation:
-        """Of the ways that have no command, and of short runs: as ESFT's, with a falling rate."""
+    def esft(self, name: str, rate: float = 1e-5, score: str = "token") -> EsftRecipe:
+        fields = {"rate": rate, "score": score, "schedule": "cosine", "sample_length": 1024}
+        return EsftRecipe.model_validate({**self.recipe(name), **fields})
+
+    def lora(self, name: str, rate: float) -> Recipe:
+        return Recipe.model_validate({**self.recipe(name), "rate": rate})
+
+    def full(self, rate: float) -> Optimisation:
+        """As ESFT's; of many weights at once a warm-up is due."""
         return Optimisation(
-            rate=rate,
-            steps=steps or self.steps,
-            batch=self.batch,
-            weight_decay=0.1,
-            betas=(0.9, 0.95),
-            patience=100,
-            longest=256,
+            rate=rate, steps=self.steps, batch=self.batch, weight_decay=0.1, betas=(0.9, 0.95), longest=256
         )
 
 
@@ -123,6 +125,7 @@ def main(
     steps: Annotated[int, typer.Option(help="of every way, on each task")] = 300,
     seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 75.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    control: Annotated[bool, typer.Option(help="also train as many random experts (another 40 s on a GPU)")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="a toy, to see that all runs")] = False,
 ) -> None:
     """Pretrain, learn the tasks in every way, compare."""
@@ -141,7 +144,7 @@ def main(
         )
         general = general_rows(_tokenizer(made), corpus, 20 if quick else 400, size.context)
         seen = score_experts(load_base(made, chosen, torch.float32), packed_samples(general, length=1024))
-        run = Run(made, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen)
+        run = Run(made, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen, control)
         rates = best_rates(run, 10 if quick else max(1, steps // 5), quick)
         for name in TASKS:
             rows += compare_ways(run, name, rates, out)
@@ -179,28 +182,33 @@ def make_base(corpus: Corpus, given: Path | None, size: Size, device: Any, folde
 
 def best_rates(run: Run, steps: int, quick: bool) -> dict[str, float]:
     """Each way's learning rate: the lowest validation loss of short runs on the first task."""
-    task = run.task(next(iter(TASKS)))
-    file = _scores(run, next(iter(TASKS)))
+    name = next(iter(TASKS))
+    task = run.task(name)
+    relevant = select_experts(_scores(run, name).scores, "token")
     found = {}
     for way, rates in RATES.items():
         losses = {}
         for rate in rates[:1] if quick else rates:
             model = load_base(run.base, run.device, torch.float32)
+            options: Optimisation
             if way == "esft":
-                attach_experts(model, select_experts(file.scores, "token"))
+                options = run.esft(name, rate).optimisation()
+                attach_experts(model, relevant)
             elif way == "lora":
-                model = attach(model, Hyperparameters(rate=rate), run.base.reference)
+                options = lora = run.lora(name, rate).hyperparameters()
+                model = attach(model, lora, run.base.reference)
             else:
+                options = run.full(rate)
                 model.requires_grad_(True)
-            losses[rate] = fit(model, task.train, task.validation, run.options(rate, steps), task.codec).best
+            options = replace(options, steps=steps)
+            losses[rate] = fit(model, task.train, task.validation, options, task.codec).best
         found[way] = min(losses, key=lambda rate: losses[rate])
         say(f"rates for {way}: " + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
     return found
 
 
 def _scores(run: Run, name: str) -> Any:
-    recipe = EsftRecipe.model_validate({**run.recipe(name), "sample_length": 1024})
-    return score_base(run.base, recipe, run.effort, Watcher(said=say))
+    return score_base(run.base, run.esft(name), run.effort, Watcher(said=say))
 
 
 def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> list[Row]:
@@ -219,6 +227,8 @@ def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> lis
         # The token adapter is kept, to be served.
         folder = out / f"{name}-esft" if score == "token" else run.work / f"{name}-{score}"
         outcomes[f"ESFT, {score}"] = _esft(run, name, task, score, rates["esft"], scores, folder)
+    if run.control:
+        outcomes["random experts"] = _random(run, name, task, rates["esft"], held, out / f"{name}-esft")
     outcomes["LoRA"] = _lora(run, name, task, rates["lora"])
     for way, found in outcomes.items():
         say(f"{name}, {way}: {found}")
@@ -267,9 +277,8 @@ def _rows(case: str, found: Outcome, ways: dict[str, Outcome], base_bits: float)
 
 
 def _esft(run: Run, name: str, task: Task, score: str, rate: float, scores: Path, folder: Path) -> Outcome:
-    recipe = {**run.recipe(name), "score": score, "rate": rate, "schedule": "cosine"}
-    effort, watch = run.effort, Watcher(said=say)
-    report = train_esft(run.base, EsftRecipe.model_validate(recipe), folder, effort, watch, scores=scores)
+    recipe = run.esft(name, rate, score)
+    report = train_esft(run.base, recipe, folder, run.effort, Watcher(said=say), scores=scores)
     with _adapter(run, folder) as adapter:
         model = load_base(run.base, run.device, torch.float32)
         with applied(model, adapter):
@@ -289,20 +298,32 @@ def _lora(run: Run, name: str, task: Task, rate: float) -> Outcome:
     from peft import PeftModel
 
     folder = run.work / f"{name}-lora"
-    recipe = Recipe.model_validate({**run.recipe(name), "rate": rate})
-    report = train_adapter(run.base, recipe, folder, run.effort, Watcher(said=say))
+    report = train_adapter(run.base, run.lora(name, rate), folder, run.effort, Watcher(said=say))
     model = PeftModel.from_pretrained(load_base(run.base, run.device, torch.float32), str(folder)).eval()
     return Outcome(**_reported(report), general=_bits_per_byte(model, task, run.general))
 
 
 def _full(run: Run, task: Task, rate: float, held: list[Encoded]) -> Outcome:
     model = load_base(run.base, run.device, torch.float32).requires_grad_(True)
-    fitted: Fit = fit(model, task.train, task.validation, run.options(rate), task.codec)
-    parameters = sum(p.numel() for p in model.parameters())
+    return _direct(run, task, model, run.full(rate), held)
+
+
+def _random(run: Run, name: str, task: Task, rate: float, held: list[Encoded], chosen: Path) -> Outcome:
+    """As many experts of each layer as an adapter has, drawn: is it the selection that helps?"""
+    draw = random.Random(0)
+    model = load_base(run.base, run.device, torch.float32)
+    counts = {layer: len(ids) for layer, ids in json.loads((chosen / "expert_cfg.json").read_text())["experts"].items()}
+    attach_experts(model, {int(layer): draw.sample(range(model.config.num_experts), n) for layer, n in counts.items()})
+    return _direct(run, task, model, run.esft(name, rate).optimisation(), held)
+
+
+def _direct(run: Run, task: Task, model: Any, options: Optimisation, held: list[Encoded]) -> Outcome:
+    """Training without a command, and the scores of what it came to."""
+    fitted = fit(model, task.train, task.validation, options, task.codec)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accuracy = _accuracy(model, task, held)
     answers, general = _bits_per_byte(model, task, held), _bits_per_byte(model, task, run.general)
-    stored = 2 * parameters  # a copy in bf16
-    return Outcome(accuracy, len(held), answers, general, parameters, fitted.seconds, stored)
+    return Outcome(accuracy, len(held), answers, general, trained, fitted.seconds, 2 * trained)  # stored in bf16
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any]:
