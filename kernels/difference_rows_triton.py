@@ -215,7 +215,8 @@ def launch_of(blocks: Blocks, in_features: int, differences: bool, dtype: torch.
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         # The second loop must not cost the first, which all picks need, its share of programs that run at a time.
-        "maxnreg": 128 if differences else None,
+        # Products of float32 go without tensor cores and need more anyway.
+        "maxnreg": 128 if differences and dtype != torch.float32 else None,
     }
 
 
