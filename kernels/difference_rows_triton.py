@@ -239,6 +239,9 @@ def woven_product_triton(
     if alignment.sorted_ids.shape[0] != alignment.block_rows.shape[0] * blocks.m or inner % blocks.k:
         raise ValueError(f"{blocks} fit neither this alignment nor {inner} input features: align by `blocks.m` picks")
     picks = rows.numel()
+    groups = num_full + len(differences.base_of) if differences and blocks.added else num_full
+    if differences and len(alignment.sorted_ids) != capacity(picks, blocks.m, groups):
+        raise ValueError(f"{blocks} need the alignment that `align_picks` makes of these picks and differences")
     if not picks:
         return
     wide = min(len(alignment.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)

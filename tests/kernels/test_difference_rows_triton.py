@@ -158,6 +158,10 @@ def test_blocks_of_another_alignment_are_refused() -> None:
     x, full, out = (torch.zeros(*shape, device=DEVICE) for shape in ((4, 32), (2, 16, 32), (4, 16)))
     with pytest.raises(ValueError, match=r"align by `blocks.m` picks"):
         woven_product_triton(x, full, rows, out, alignment, 1, None, None, Blocks(32, 16, 32, 4, 3), None)
+    differences = random_differences(full.cpu(), 3, torch.Generator().manual_seed(0))[0]
+    stored = Differences(*(part.to(DEVICE) for part in differences))
+    with pytest.raises(ValueError, match="`align_picks` makes"):  # of the base's rows, not of each difference's
+        woven_product_triton(x, full, rows, out, alignment, 1, stored, None, Blocks(16, 16, 32, 4, 3, True), None)
     with pytest.raises(ValueError, match="contiguous in themselves"):
         turned = torch.zeros(2, 32, 16, device=DEVICE).transpose(1, 2)
         woven_product_triton(x, turned, rows, out, alignment, 1, None, None, Blocks(16, 16, 32, 4, 3), None)
