@@ -4,9 +4,10 @@ The shape is DeepSeek-V2-Lite's (16B), the weights are random with a planted str
 have the sizes of ExpertWeave's table 1 (arXiv 2508.17624). Stock vLLM and ours are two processes that hold the GPU
 together and are measured in turn, so that what drifts, drifts for both.
 
-    python -m benchmarks.expertweave                     decode, prompts, Poisson arrivals, exactness, loading
-    python -m benchmarks.expertweave --rows difference4  the same with tuned experts as 4-bit differences
-    python -m benchmarks.expertweave --quick             few steps
+    python -m benchmarks.expertweave              exactness, decode, prompts, Poisson arrivals, loading; then the most of
+                                                  it again with tuned experts as 4-bit differences to the base's
+    python -m benchmarks.expertweave --rows full  whole rows alone
+    python -m benchmarks.expertweave --quick      few steps
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,13 +43,14 @@ class Plan:
     counts: tuple[int, ...] = (5, 10, 20)
     alphas: tuple[float, ...] = (1.0, 0.3, 0.1)
     uses: tuple[str, ...] = ("uniform", "skewed")
-    rounds: int = 3
-    steps: int = 60
+    rounds: int = 2
+    steps: int = 30
     prompts: tuple[int, ...] = (512, 1536)
     rates: tuple[int, ...] = (1, 3, 5)
-    poisson_s: float = 15.0
+    poisson_s: float = 12.0
     parts: tuple[str, ...] = ("decode", "prompts", "poisson", "exactness", "loading")
     difference: bool = False
+    bandwidth: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
 
@@ -126,7 +128,8 @@ def measure_decode(plan: Plan, stock: Peer, ours: Peer, use: str, bandwidth: flo
         for count in plan.counts:
             for alpha in plan.alphas:
                 owners = owners_of(batch, count, alpha, batch)
-                cases.append((f"stock base, tasks of {count} alpha {alpha}", stock, on_base(owners), batch))
+                if use == "skewed":  # the base reads other rows for other tasks
+                    cases.append((f"stock base, tasks of {count} alpha {alpha}", stock, on_base(owners), batch))
                 cases.append((f"{count} adapters alpha {alpha}", ours, owners, batch))
     times: dict[tuple[str, int], list[float]] = {}
     for round_ in range(plan.rounds):
@@ -136,7 +139,9 @@ def measure_decode(plan: Plan, stock: Peer, ours: Peer, use: str, bandwidth: flo
     for label, peer, owners, batch in cases:
         if peer is stock:
             continue
-        same = "stock base" if label == "all on base" else f"stock base, tasks of {label.replace(' adapters', '')}"
+        same = f"stock base, tasks of {label.replace(' adapters', '')}"
+        if label == "all on base" or use == "uniform":
+            same = "stock base"
         here, there = times[label, batch], times[same, batch]
         ratio = statistics.median([a / b for a, b in zip(here, there, strict=True)])
         value, low, high = spread(here)
@@ -186,8 +191,9 @@ def measure_prompts(plan: Plan, stock: Peer, ours: Peer, use: str) -> None:
 
 def measure_poisson(plan: Plan, stock: Peer, ours: Peer, use: str) -> None:
     """20 adapters under Poisson arrivals, against the base alone under the very same."""
-    for alpha in plan.alphas:
-        for rate in plan.rates:
+    # Uniform popularity reads the most rows; the most uneven one at the highest rate alone, for the sake of time.
+    for alpha in {plan.alphas[0], plan.alphas[-1]}:
+        for rate in plan.rates if alpha == 1 else plan.rates[-1:]:
             rng = np.random.default_rng(SEED + rate)
             arrivals = np.cumsum(rng.exponential(1 / rate, int(3 * rate * plan.poisson_s)))
             arrivals = arrivals[arrivals < plan.poisson_s]
@@ -216,7 +222,7 @@ def _resampled(mine: np.ndarray, theirs: np.ndarray, seed: int) -> float:
 
 def check_exactness(plan: Plan, stock: Peer, ours: Peer, tuned: list[dict[int, list[int]]]) -> None:
     """The base and 8 adapters in one batch, row by row against the stock engine with each adapter merged into it."""
-    scale, each, tokens = 0.02, 4, 24
+    scale, each, tokens = 0.01, 4, 24
     owners = [Owner(t) for t in range(each)] + [Owner(a % 3, a) for a in range(8) for _ in range(each)]
     alone = on_base(owners)  # the same batch, so that every other kernel computes the same shapes
     before = ours("answers", alone, 32, tokens, SEED)
@@ -230,13 +236,13 @@ def check_exactness(plan: Plan, stock: Peer, ours: Peer, tuned: list[dict[int, l
     for slot in range(8):
         ours("load", slot, slot, tuned[slot], scale)
     mixed = ours("answers", owners, 32, tokens, SEED)
+    exact = 0
     untouched = mixed[:each] == before[:each]
     equal, worst = sum(a[0] == b[0] for a, b in zip(mixed[:each], theirs[:each], strict=True)), 0.0
     for slot in range(8):
-        stock("rpc", "bench_merge", slot, {str(k): v for k, v in tuned[slot].items()}, scale)
-        merged = stock("answers", alone, 32, tokens, SEED)
-        stock("rpc", "bench_restore")
         own = slice(each * (slot + 1), each * (slot + 2))
+        merged, same_engine = (_merged(peer, slot, tuned[slot], scale, alone, tokens) for peer in (stock, ours))
+        exact += sum(a == b for a, b in zip(mixed[own], same_engine[own], strict=True))
         equal += sum(a[0] == b[0] for a, b in zip(mixed[own], merged[own], strict=True))
         worst = max(worst, _worst(mixed[own], merged[own]))
     loaded = ours("answers", alone, 32, tokens, SEED) == before
@@ -249,6 +255,15 @@ def check_exactness(plan: Plan, stock: Peer, ours: Peer, tuned: list[dict[int, l
         plan.rows += [
             Row(case, "rows with the same tokens", equal, "rows", None, None, len(owners), "all", equal == len(owners)),
             Row(case, "worst difference of a log-probability", worst, "nats"),
+            Row(
+                "8 adapters in one batch, against each merged into our engine's base",
+                "bit-identical rows",
+                exact,
+                "rows",
+                reference=8 * each,
+                goal="all",
+                met=exact == 8 * each,
+            ),
         ]
     plan.rows += [
         Row(case, "rows whose tokens the adapters change", changed, "rows", reference=8 * each),
@@ -256,6 +271,14 @@ def check_exactness(plan: Plan, stock: Peer, ours: Peer, tuned: list[dict[int, l
         Row("base rows with 8 adapters loaded", "bit-identical", float(loaded), goal="yes", met=loaded),
         Row("base rows after unloading them", "bit-identical", float(after), goal="yes", met=after),
     ]
+
+
+def _merged(peer: Peer, slot: int, tuned: dict[int, list[int]], scale: float, alone: list[Owner], tokens: int) -> Any:
+    """Answers of a base that has the adapter's experts in place of its own."""
+    peer("rpc", "bench_merge", slot, {str(k): v for k, v in tuned.items()}, scale)
+    answers = peer("answers", alone, 32, tokens, SEED)
+    peer("rpc", "bench_restore")
+    return answers
 
 
 def _worst(here: Sequence[Any], there: Sequence[Any]) -> float:
@@ -353,20 +376,59 @@ def _mark(text: str) -> None:
     print(f"[{time.perf_counter() - _begun:6.1f} s] {text}", flush=True)
 
 
+def measure(plan: Plan, stock: Peer, ours: Peer, memory: Path, finished: Callable[[], None]) -> None:
+    """Every part of the plan with one way to store rows."""
+    slots = 20
+    tuned = tuned_experts(slots)
+    for use in plan.uses:
+        for peer in (stock, ours):
+            peer("plant", tuned, use == "skewed", SEED)
+        if use == plan.uses[0]:
+            ours("warm_up")
+            stock("warm_up")
+            if "exactness" in plan.parts:
+                check_exactness(plan, stock, ours, tuned)
+                _mark("exactness")
+            for slot, adapter in enumerate(tuned):
+                ours("load", slot, slot, {str(layer): ids for layer, ids in adapter.items()}, 1e-3)
+            _mark(f"{slots} adapters: {ours('rpc', 'expertweave_memory')}")
+            plan.bandwidth = plan.bandwidth or stock("rpc", "bench_bandwidth")
+            plan.rows.append(Row("device copy", "bandwidth", plan.bandwidth / 1e12, "TB/s"))
+        if "decode" in plan.parts:
+            measure_decode(plan, stock, ours, use, plan.bandwidth)
+            _mark(f"decode, {use}")
+        if "prompts" in plan.parts:
+            measure_prompts(plan, stock, ours, use)
+            _mark(f"prompts, {use}")
+        if "poisson" in plan.parts and use == plan.uses[-1]:
+            measure_poisson(plan, stock, ours, use)
+            _mark(f"Poisson, {use}")
+        finished()
+    if "loading" in plan.parts:
+        ours("unload", slots - 1)
+        measure_loading(plan, ours, tuned[0], memory)
+        _mark("loading")
+        finished()
+
+
+def compare_formats(full: Plan, differences: Plan) -> None:
+    """How much of the overhead of whole rows is left with differences, at the same cases of the same run."""
+    overhead = {row.case: row.value for row in full.rows if row.metric == "overhead" and row.case.startswith("20 ")}
+    for row in list(differences.rows):
+        if row.metric == "overhead" and overhead.get(row.case, 0.0) > 0:
+            share, last = row.value / overhead[row.case], f"batch {full.batches[-1]}"
+            goal = "at most 0.5" if row.case.endswith(last) else None
+            met = share <= 0.5 if goal else None
+            differences.rows.append(Row(row.case, "share of the overhead of whole rows", share, "", goal=goal, met=met))
+
+
 def main(
-    rows: Annotated[str, typer.Option(help="full or difference4")] = "full",
+    rows: Annotated[str, typer.Option(help="full, difference4, or both: full,difference4")] = "full,difference4",
     quick: Annotated[bool, typer.Option(help="few steps")] = False,
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
-    parts: Annotated[str, typer.Option(help="of decode, prompts, poisson, exactness, loading")] = "",
     memory: Annotated[Path, typer.Option(help="folder in memory for the adapter's files")] = Path("/dev/shm/adapter"),
 ) -> None:
-    """Measure and write benchmarks/results/expertweave.json, or expertweave_difference4.json."""
-    plan = Plan(difference=rows == "difference4")
-    if quick:
-        plan.rounds, plan.steps, plan.batches, plan.counts = 1, 20, (1, 32, 256), (20,)
-        plan.alphas, plan.rates, plan.poisson_s = (1.0,), (3,), 5.0
-    if parts:
-        plan.parts = tuple(parts.split(","))
+    """Measure and write benchmarks/results/expertweave.json and expertweave_difference4.json."""
     arguments = {
         "model": str(SHAPE),
         "load_format": "dummy",
@@ -382,49 +444,30 @@ def main(
         "seed": 0,
     }
     command = f"python -m benchmarks.expertweave --rows {rows}"
-    slots = max(plan.counts)
-    tuned = tuned_experts(slots)
-    experts = sum(len(ids) for adapter in tuned for ids in adapter.values())
-    room = int(experts * EXPERT_BYTES * (0.28 if plan.difference else 1.0) * 1.02) + (1 << 30)
-    settings = {"slots": slots, "experts_per_layer": E_MAX, "memory_bytes": room, "rows": rows}
-    stock, ours = Peer("stock", arguments, None), Peer("ours", arguments, settings)
-    _mark(f"started in {stock.started():.0f} s (stock) and {ours.started():.0f} s (ours)")
-    bandwidth = stock("rpc", "bench_bandwidth")
-    plan.rows.append(Row("device copy", "bandwidth", bandwidth / 1e12, "TB/s"))
-    keyed = [{str(k): v for k, v in adapter.items()} for adapter in tuned]
-    for use in plan.uses:
-        for peer in (stock, ours):
-            peer("plant", tuned, use == "skewed", SEED)
-        if use == plan.uses[0] and "exactness" in plan.parts:
-            check_exactness(plan, stock, ours, tuned)
-            _mark("exactness")
-        if use == plan.uses[0]:
-            for slot, adapter in enumerate(keyed):
-                ours("load", slot, slot, adapter, 1e-3)
-            state = ours("rpc", "expertweave_memory")
-            _mark(f"{slots} adapters: {state}")
-        if "decode" in plan.parts:
-            measure_decode(plan, stock, ours, use, bandwidth)
-            _mark(f"decode, {use}")
-        if "prompts" in plan.parts:
-            measure_prompts(plan, stock, ours, use)
-            _mark(f"prompts, {use}")
-        if "poisson" in plan.parts:
-            measure_poisson(plan, stock, ours, use)
-            _mark(f"Poisson, {use}")
-        write_results(_name(rows), command, plan.rows, out)
-    if "loading" in plan.parts:
-        ours("unload", slots - 1)
-        measure_loading(plan, ours, tuned[0], memory)
-        _mark("loading")
-    write_results(_name(rows), command, plan.rows, out)
-    print_table(plan.rows, f"ExpertWeave, rows {rows}")
-    for peer in (stock, ours):
-        peer.stop()
-
-
-def _name(rows: str) -> str:
-    return "expertweave" if rows == "full" else f"expertweave_{rows}"
+    experts = sum(len(ids) for adapter in tuned_experts(20) for ids in adapter.values())
+    stock = Peer("stock", arguments, None)
+    plans: dict[str, Plan] = {}
+    for name in rows.split(","):
+        plan = plans[name] = Plan(difference=name == "difference4")
+        if plan.difference:
+            plan.counts, plan.alphas, plan.rates, plan.parts = (20,), (1.0,), (5,), ("exactness", "decode", "poisson")
+        if quick:
+            plan.rounds, plan.steps, plan.batches, plan.counts = 1, 20, (1, 32, 256), (20,)
+            plan.alphas, plan.rates, plan.poisson_s = (1.0,), (3,), 6.0
+        room = int(experts * EXPERT_BYTES * (0.28 if plan.difference else 1.0) * 1.02) + (1 << 30)
+        settings = {"slots": 20, "experts_per_layer": E_MAX, "memory_bytes": room, "rows": name}
+        ours = Peer(f"ours, {name}", arguments, settings)
+        if len(plans) == 1:
+            _mark(f"stock started in {stock.started():.0f} s")
+        _mark(f"ours, {name}, started in {ours.started():.0f} s")
+        file = "expertweave" if name == "full" else f"expertweave_{name}"
+        measure(plan, stock, ours, memory, lambda f=file, p=plan: write_results(f, command, p.rows, out))  # type: ignore[misc]
+        ours.stop()
+        if plan.difference and "full" in plans:
+            compare_formats(plans["full"], plan)
+            write_results(file, command, plan.rows, out)
+        print_table(plan.rows, f"ExpertWeave, rows {name}")
+    stock.stop()
 
 
 if __name__ == "__main__":

@@ -102,20 +102,20 @@ class VllmAdapters(EngineAdapters):
         self._bound[slot.name] = Bound(slot=slot.index, salt=f"{slot.name}#{next(self._numbers)}")
         with vllm_versions.translated_load(self.expert, slot.name):
             await core.workers("expertweave_load", slot.index, path)
-            reports = await self._loaded(core, slot)
+            reports = await self._settled(core, slot)
         for report in reports:
             if report["state"] == "failed":
                 if report["code"] in ("adapter_memory_full", "adapter_slots_full"):
                     raise QueueFull(f"expert {self.expert!r}: {report['error']}", code=report["code"])
                 raise AdapterError(report["error"], code=report["code"], tensor=report["tensor"])
 
-    async def _loaded(self, core: Core, slot: Slot) -> list[dict[str, Any]]:
-        """The workers' reports on a slot, once none of them loads any more."""
+    async def _settled(self, core: Core, slot: Slot) -> list[dict[str, Any]]:
+        """The workers' reports on a slot, once none of them loads or unloads any more."""
         failed: list[dict[str, Any]] = []  # a failure is told once
         while True:
             reports = await core.workers("expertweave_poll", slot.index)
             failed += [report for report in reports if report["state"] == "failed"]
-            if not any(report["state"] == "loading" for report in reports):
+            if not any(report["state"] in ("loading", "unloading") for report in reports):
                 return failed + [report for report in reports if report["state"] != "failed"]
             await asyncio.sleep(_POLL_S)
 
@@ -137,6 +137,7 @@ class VllmAdapters(EngineAdapters):
                 await core.remove_lora(bound.lora)
             elif bound.slot is not None:
                 await core.workers("expertweave_unload", bound.slot)
+                await self._settled(core, slot)
         self._table.give_back(slot)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from signalbox.experts.expertweave.difference_store import DifferenceRows
-from signalbox.experts.expertweave.weave import WovenLayer
+from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.align import align_rows
 from signalbox.kernels.difference_rows import blocks_of, woven_product
+from signalbox.kernels.reroute import topk_reroute
 
 MANY_PICKS = 4096  # of a prompt, outside of CUDA graphs: there vLLM's alignment is the faster one
 FEW_PICKS = 4  # vLLM's margin: with so many times fewer picks than experts each pick is a block by itself
@@ -164,3 +165,25 @@ def _on_cuda(vllm_class: type) -> type:
 def _constant(value: int, device: torch.device) -> Tensor:
     """int32 [1], made once: vLLM fills a new one in every layer of every step."""
     return torch.full((1,), value, dtype=torch.int32, device=device)
+
+
+def warm_up(weave: Weave) -> None:
+    """Compile what steps of any size need, so that no request waits for it: one layer stands for all."""
+    if weave.device.type != "cuda":
+        return
+    layer = next(iter(weave.layers.values()))
+    store, experts = layer.store, len(layer.local)
+    for tokens in (1, 24, 48, 80, 112, 256, 600, 1200):
+        logits = torch.randn(tokens, experts, dtype=weave.dtype, device=weave.device)
+        _, rows = topk_reroute(logits, min(6, experts), weave.step.tokens, layer.table, renormalize=False)
+        for block in (16, 32, 64, 128):
+            align_rows(rows, block, layer.total_rows)
+        if isinstance(store, DifferenceRows):
+            for full, differences in ((store.w13, store.differences13), (store.w2, store.differences2)):
+                blocks = blocks_of(tokens, full.shape[2], True)
+                x = torch.zeros(tokens, full.shape[2], dtype=weave.dtype, device=weave.device)
+                out = torch.empty(rows.numel(), full.shape[1], dtype=weave.dtype, device=weave.device)
+                aligned = align_rows(rows, blocks.m, store.base_rows, store.base_of)
+                top_k = rows.shape[1]
+                woven_product(x, full, rows, out, aligned, top_k=top_k, differences=differences, blocks=blocks)
+    torch.cuda.synchronize(weave.device)

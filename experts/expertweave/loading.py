@@ -22,6 +22,7 @@ from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.virtual_tensor import OutOfPages
 
 State = Literal["loading", "ready", "failed", "unloading", "gone"]
+LAYERS_AT_ONCE = 2  # whose rows are given back between two steps: each takes the driver some milliseconds
 
 
 class Feed(Protocol):
@@ -60,7 +61,7 @@ class Load:
     missing: int
     state: State = "loading"
     arrivals: list[_Arrival] = field(default_factory=list)
-    placed: dict[int, dict[int, int]] = field(default_factory=dict)  # layer -> expert -> row
+    held: dict[int, list[int]] = field(default_factory=dict)  # layer -> rows that it has a share of, once it serves
     report: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     copied: Any = None  # the event after its last copy
@@ -93,7 +94,10 @@ class Loader:
         feed.start(wanted)
 
     def poll(self, slot: int) -> dict[str, Any]:
-        """Go on with a slot's load; a plain report of where it stands. When all is there, it takes effect here."""
+        """Go on with a slot's load or unload; a plain report of where it stands. When all is there, it takes effect.
+
+        A slot is free again once this has said "gone" or "failed".
+        """
         load = self._loads.get(slot)
         self._free_places()
         if load is None:
@@ -103,43 +107,49 @@ class Loader:
                 self._advance(load)
             except Exception as error:
                 self._abandon(load, error)
-        report = {"state": load.state, **load.report}
-        if load.state == "failed":
-            del self._loads[slot]
-        return report
+        elif load.state != "ready":
+            self._give_back(load)
+        if load.state in ("loading", "ready"):
+            return {"state": load.state, **load.report}
+        if load.held:
+            return {"state": "unloading"}
+        del self._loads[slot]
+        return {"state": "failed", **load.report} if load.state == "failed" else {"state": "gone"}
 
     def unload(self, slot: int) -> None:
-        """From the next step on nothing uses the adapter, and its memory is free; a load that still runs ends."""
-        load = self._loads.pop(slot, None)
-        if load is None:
+        """From the next step on nothing uses the adapter; a load that still runs ends. `poll` gives its memory back."""
+        load = self._loads.get(slot)
+        if load is None or load.state == "unloading":
             return
         if load.state == "ready":
             self._weave.commit(slot, {})
         else:
             self._stop(load)
-        self._give_back(load)
+        load.state = "unloading"
 
     # -- inside --------------------------------------------------------------------------------------------
 
     def _advance(self, load: Load) -> None:
         with torch.cuda.stream(self._lane):
             for staged in load.feed.ready():
-                load.arrivals.append(self._place(staged))
-                load.missing -= 1
-                load.copied = self._event()
-                self._releases.append((load.copied, staged.release))
+                try:
+                    load.arrivals.append(self._place(staged))
+                    load.missing -= 1
+                finally:
+                    load.copied = self._event()
+                    self._releases.append((load.copied, staged.release))
         if load.missing or not (load.copied is None or load.copied.query()):
             return
         load.feed.close()
-        self._look(load)
-        self._weave.commit(load.slot, load.placed)
-        load.state = "ready"
+        placed, shared = self._settle(load.arrivals)
+        self._weave.commit(load.slot, placed)
+        load.held = {number: list(rows.values()) for number, rows in placed.items()}
+        load.state, load.arrivals = "ready", []
         load.report |= {
             "seconds": time.perf_counter() - load.started,
-            "experts": sum(map(len, load.placed.values())),
-            "shared": len(load.arrivals) - sum(a.row == load.placed[a.layer.number][a.expert] for a in load.arrivals),
+            "experts": sum(map(len, placed.values())),
+            "shared": shared,
         }
-        load.arrivals = []
 
     def _place(self, staged: Staged) -> _Arrival:
         """Into a row of its own, all enqueued."""
@@ -168,10 +178,13 @@ class Loader:
         down = moved["down_proj"].chunk(ranks, dim=1)[rank]
         return torch.cat([gate, up]).to(self._weave.dtype), down.to(self._weave.dtype).contiguous()
 
-    def _look(self, load: Load) -> None:
-        """With all copied: refuse what is not finite, and keep one row of what is there twice. Fills `placed`."""
-        flags = torch.stack([arrival.flags for arrival in load.arrivals]).tolist() if load.arrivals else []
-        for arrival, (finite, _, _) in zip(load.arrivals, flags, strict=True):
+    def _settle(self, arrivals: list[_Arrival]) -> tuple[dict[int, dict[int, int]], int]:
+        """With all copied: refuse what is not finite, and keep one row of what is there twice.
+
+        Returns the row of each expert by layer, and how many experts share one.
+        """
+        flags = torch.stack([arrival.flags for arrival in arrivals]).tolist() if arrivals else []
+        for arrival, (finite, _, _) in zip(arrivals, flags, strict=True):
             if not finite:
                 name = f"model.layers.{arrival.layer.number}.mlp.experts.{arrival.expert}"
                 raise AdapterError(
@@ -179,40 +192,41 @@ class Loader:
                     code="not_finite",
                     tensor=name,
                 )
-        for arrival, (_, as_base, as_twin) in zip(load.arrivals, flags, strict=True):
-            layer, row = arrival.layer, arrival.row
-            unused = [arrival.twin] if arrival.twin is not None and (as_base or not as_twin) else []
-            if as_base:
+        placed: dict[int, dict[int, int]] = {}
+        shared = 0
+        for arrival, (_, as_base, as_twin) in zip(arrivals, flags, strict=True):
+            layer, row, unused = arrival.layer, arrival.row, []
+            if arrival.twin is not None and (as_base or not as_twin):
+                unused.append(arrival.twin)
+            if as_base or (as_twin and arrival.twin is not None):
                 unused.append(row)
-                row = layer.local[arrival.expert]
-            elif as_twin and arrival.twin is not None:
-                unused.append(row)
-                row = arrival.twin
+                row = layer.local[arrival.expert] if as_base or arrival.twin is None else arrival.twin
+                shared += 1
             elif arrival.twin is None:
                 layer.rows.keep(row, arrival.key)
             self._free_rows(layer, unused)
-            load.placed.setdefault(layer.number, {})[arrival.expert] = row
-            arrival.twin = None
+            placed.setdefault(layer.number, {})[arrival.expert] = row
+        return placed, shared
 
     def _abandon(self, load: Load, error: Exception) -> None:
         load.report = dict(zip(("error", "code", "tensor"), _reason(error), strict=True))
         self._stop(load)
-        self._give_back(load)
         load.state = "failed"
 
     def _stop(self, load: Load) -> None:
-        """No copy of it is under way after this."""
+        """No copy of it is under way after this, and its rows are those to give back."""
         load.feed.close()
         if load.copied is not None:
             load.copied.synchronize()
+        for arrival in load.arrivals:
+            rows = load.held.setdefault(arrival.layer.number, [])
+            rows += [arrival.row] + ([] if arrival.twin is None else [arrival.twin])
+        load.arrivals = []
 
     def _give_back(self, load: Load) -> None:
-        """Return an adapter's rows, which no table names any more."""
-        for arrival in load.arrivals:  # it never served
-            self._free_rows(arrival.layer, [arrival.row] + ([] if arrival.twin is None else [arrival.twin]))
-        for number, experts in load.placed.items():
-            self._free_rows(self._weave.layers[number], list(experts.values()))
-        load.placed, load.arrivals = {}, []
+        """Return some of its rows, which no table names any more."""
+        for number in list(load.held)[:LAYERS_AT_ONCE]:
+            self._free_rows(self._weave.layers[number], load.held.pop(number))
 
     def _free_rows(self, layer: WovenLayer, rows: list[int]) -> None:
         tuned = [row for row in rows if row >= layer.base_rows]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from signalbox.experts.expertweave import weave
+from signalbox.experts.expertweave.experts import warm_up
 from signalbox.experts.expertweave.loading import Loader
 from signalbox.experts.expertweave.settings import CannotWeave
 from signalbox.experts.expertweave.stage import ALIGNMENT
@@ -24,6 +25,7 @@ class ExpertWeaveWorker:
                 "experts are quantised"
             )
         woven.seal()
+        warm_up(woven)
         _stager()
         return self.expertweave_memory()
 
@@ -45,7 +47,7 @@ class ExpertWeaveWorker:
         return _loader().poll(slot)
 
     def expertweave_unload(self, slot: int) -> None:
-        """No step from the next one on uses the adapter, and its memory is free."""
+        """No step from the next one on uses the adapter; polls until it is gone give its memory back."""
         _loader().unload(slot)
 
     def expertweave_memory(self) -> dict[str, int]:
