@@ -4,8 +4,8 @@ The shape is DeepSeek-V2-Lite's (16B), the weights are random with a planted str
 have the sizes of ExpertWeave's table 1 (arXiv 2508.17624). Stock vLLM and ours are two processes that hold the GPU
 together and are measured in turn, so that what drifts, drifts for both.
 
-    python -m benchmarks.expertweave              exactness, decode, prompts, Poisson arrivals, loading; then the most of
-                                                  it again with tuned experts as 4-bit differences to the base's
+    python -m benchmarks.expertweave              exactness, decode, prompts, Poisson arrivals, loading; then most of it
+                                                  again with tuned experts as 4-bit differences to the base's
     python -m benchmarks.expertweave --rows full  whole rows alone
     python -m benchmarks.expertweave --quick      few steps
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from signalbox.experts.expertweave.difference_store import DifferenceRows
 from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.align import align_rows
-from signalbox.kernels.difference_rows import blocks_of, woven_product
+from signalbox.kernels.difference_rows import align_picks, blocks_of, woven_product
 from signalbox.kernels.reroute import topk_reroute
 
 MANY_PICKS = 4096  # of a prompt, outside of CUDA graphs: there vLLM's alignment is the faster one
@@ -92,7 +92,7 @@ def _on_cuda(vllm_class: type) -> type:
             weighted = not apply_router_weight_on_input
             if isinstance(store, DifferenceRows):
                 wide, narrow = (blocks_of(tokens, inputs, True) for inputs in (hidden, activated.shape[1]))
-                aligned = align_rows(topk_ids, wide.m, store.base_rows, store.base_of)
+                aligned = align_picks(topk_ids, store.base_rows, wide, store.differences13)
                 woven_product(
                     hidden_states,
                     store.w13,
@@ -179,11 +179,23 @@ def warm_up(weave: Weave) -> None:
         for block in (16, 32, 64, 128):
             align_rows(rows, block, layer.total_rows)
         if isinstance(store, DifferenceRows):
-            for full, differences in ((store.w13, store.differences13), (store.w2, store.differences2)):
+            for full, differences, top_k in (
+                (store.w13, store.differences13, rows.shape[1]),
+                (store.w2, store.differences2, 1),
+            ):
                 blocks = blocks_of(tokens, full.shape[2], True)
-                x = torch.zeros(tokens, full.shape[2], dtype=weave.dtype, device=weave.device)
+                x = torch.zeros(rows.numel() // top_k, full.shape[2], dtype=weave.dtype, device=weave.device)
                 out = torch.empty(rows.numel(), full.shape[1], dtype=weave.dtype, device=weave.device)
-                aligned = align_rows(rows, blocks.m, store.base_rows, store.base_of)
-                top_k = rows.shape[1]
-                woven_product(x, full, rows, out, aligned, top_k=top_k, differences=differences, blocks=blocks)
+                shares = torch.ones_like(rows, dtype=torch.float32) if top_k == 1 else None
+                woven_product(
+                    x,
+                    full,
+                    rows,
+                    out,
+                    align_picks(rows, store.base_rows, blocks, differences),
+                    top_k=top_k,
+                    differences=differences,
+                    topk_weights=shares,
+                    blocks=blocks,
+                )
     torch.cuda.synchronize(weave.device)
