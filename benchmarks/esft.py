@@ -53,7 +53,7 @@ from signalbox.serving.train_adapter import Recipe, train_adapter
 from signalbox.serving.train_esft import EsftRecipe, score_base, train_esft
 from signalbox.serving.training import Base, Effort, Task, Watcher, load_base, read_task, sample_rows
 
-RATES = {"esft": (5e-4, 1.5e-3, 4e-3), "full": (3e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2)}
+RATES = {"esft": (1.5e-3, 4e-3, 1e-2), "full": (5e-4, 1e-3, 3e-3), "lora": (4e-3, 1e-2, 2e-2)}
 SHARD = "15MB"  # of the files that are to be carried from one machine to another
 ANSWERS = 256  # rows whose answers are kept to compare a service with
 started = time.perf_counter()
