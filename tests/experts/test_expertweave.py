@@ -360,6 +360,17 @@ async def test_equal_experts_share_a_row(woven: Woven, tmp_path: Path) -> None:
     agree(await answer(woven.engine, PROMPTS[1], "untouched@1"), alone(woven.base, PROMPTS[1]), "untouched")
 
 
+async def test_adapters_that_arrive_at_once(woven: Woven) -> None:
+    """All at the same time, one of them three times over."""
+    kinds = {f"v@{i}": kind for i, kind in enumerate((0, 1, 2, 2, 2, 3, 4, 5, 6))}
+    await asyncio.gather(*(woven.engine.load(name, str(woven.adapters[kind])) for name, kind in kinds.items()))
+    found = await asyncio.gather(*(answer(woven.engine, PROMPTS[1], name) for name in kinds))
+    for (name, kind), row in zip(kinds.items(), found, strict=True):
+        agree(row, alone(woven.merged[kind], PROMPTS[1]), name)
+    await asyncio.gather(*(woven.engine.unload(name) for name in ("v@0", "v@2", "v@3")))
+    agree(await answer(woven.engine, PROMPTS[1], "v@4"), alone(woven.merged[2], PROMPTS[1]), "the last of three")
+
+
 def tuned_in(adapter: Path) -> dict[int, set[int]]:
     """The experts of each layer whose tensors are in the folder."""
     found: dict[int, set[int]] = {}
@@ -400,8 +411,12 @@ async def test_rows_run_out_before_slots(woven: Woven, tmp_path: Path) -> None:
     await woven.load(0)  # which needs few
     whole = merge(woven.base, large[2], tmp_path / "merged")
     agree(await answer(woven.engine, PROMPTS[3], "large@2"), alone(whole, PROMPTS[3]), "large@2")
+    for _ in range(40):  # asked again and again
+        with pytest.raises(QueueFull):
+            await woven.engine.load("large@3", str(large[3]))
     await woven.engine.unload("large@0")
-    await woven.engine.load("large@3", str(large[3]))
+    async with asyncio.timeout(30):
+        await woven.engine.load("large@3", str(large[3]))
 
 
 async def test_what_cannot_be_served_leaves_no_trace(woven: Woven, tmp_path: Path) -> None:
@@ -470,6 +485,24 @@ async def test_a_family_that_is_not_served_is_refused(tmp_path: Path) -> None:
 
 
 # -- other ways to serve ---------------------------------------------------------------------------------------
+
+
+async def test_prompts_in_pieces_and_requests_that_are_put_off(olmoe: Woven) -> None:
+    """A step's tokens are a few of a prompt, and the KV cache is too small: vLLM drops requests and begins them anew.
+
+    Five requests of two blocks fill the ten there are, and then each of them wants a third.
+    """
+    room = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 10, "block_size": 32}
+    small = {"max_running": 8, "max_model_len": 256, "enable_prefix_caching": False, "engine_args": room}
+    async with started(make_woven(olmoe.base, **small)) as engine:
+        for i in range(4):
+            await engine.load(f"esft-{i}@1", str(olmoe.adapters[i]))
+        names = [None, *(f"esft-{i}@1" for i in range(4))]
+        prompts = [" ".join([PROMPTS[3]] * 5 + PROMPTS[:1] * i) for i in range(2)]
+        cases = [(prompt, name) for prompt in prompts for name in names]
+        found = await asyncio.gather(*(answer(engine, *case, 120) for case in cases))
+        for (prompt, name), row in zip(cases, found, strict=True):
+            agree(row, alone(olmoe.folders[name], prompt, 120), (prompt, name))
 
 
 async def test_esft_lora_and_base_rows_in_one_batch(olmoe: Woven, tmp_path: Path) -> None:
