@@ -128,6 +128,7 @@ class Engine:
     def unload(self, slot: int) -> None:
         """Free a slot."""
         self.rpc("expertweave_unload", slot)
+        self._settled(slot)
 
     def decode(self, owners: Sequence[Owner], steps: int, prompt: int, seed: int) -> list[float]:
         """Milliseconds of each of `steps` decode steps with one request for each owner."""
