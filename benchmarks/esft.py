@@ -137,7 +137,12 @@ def main(
         shutil.rmtree(folder)
     corpus = read_corpus(data, size.documents)
     say(f"{len(corpus.train)} general documents, {len(corpus.held_out)} held out")
-    made, rows = (Base(base, str(base)), []) if base else make_base(corpus, tokenizer, size, chosen, out / "base")
+    if base is None:
+        made, rows = make_base(corpus, tokenizer, size, chosen, out / "base")
+    else:
+        if base.resolve() != (out / "base").resolve():
+            shutil.copytree(base, out / "base", dirs_exist_ok=True)
+        made, rows = Base(out / "base", str(out / "base")), []
     with tempfile.TemporaryDirectory() as work:
         effort = Effort(
             str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
@@ -347,9 +352,12 @@ def _held_out(run: Run, task: Task) -> list[Encoded]:
 
 
 def _answers(model: Any, task: Task, rows: list[Encoded]) -> list[str]:
-    longest = max(len(row.answer) for row in rows) + 4
     batch = 256 if model.device.type == "cuda" else 16
-    return greedy_answers(model, rows, task.codec, max_new_tokens=longest, batch=batch)
+    return greedy_answers(model, rows, task.codec, max_new_tokens=_longest(rows), batch=batch)
+
+
+def _longest(rows: list[Encoded]) -> int:
+    return max(len(row.answer) for row in rows) + 4
 
 
 def _accuracy(model: Any, task: Task, rows: list[Encoded]) -> float:
@@ -379,7 +387,8 @@ def _keep_answers(run: Run, task: Task, rows: list[Encoded], out: Path, name: st
         {"text": row.text, "reference": row.reference, "base": base, "adapter": adapted}
         for row, base, adapted in zip(rows, said["base"], said["adapter"], strict=True)
     ]
-    (out / f"{name}-answers.json").write_text(json.dumps(kept, indent=1) + "\n")
+    told = {"max_new_tokens": _longest(rows), "rows": kept}
+    (out / f"{name}-answers.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
