@@ -8,7 +8,7 @@ first task. Reported: accuracy on rows held out, bits per byte of general text h
     python -m benchmarks.esft --data ../shared/data --out .run/bench_esft
     python -m benchmarks.esft --quick      a toy, on the CPU in two minutes; nothing is written to results
 
-`--out` then holds the base, an adapter for each task and what they answer, to be served and compared.
+`--out` then holds the base, an adapter for each task and what they answer: `benchmarks.esft_served` serves them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoTokenizer
 
 from benchmarks.esft_base import (
     QUICK,
@@ -55,6 +56,7 @@ from signalbox.serving.training import Base, Effort, Task, Watcher, load_base, r
 
 RATES = {"esft": (1.5e-3, 4e-3, 1e-2), "full": (5e-4, 1e-3, 3e-3), "lora": (4e-3, 1e-2, 2e-2)}
 SHARD = "15MB"  # of the files that are to be carried from one machine to another
+MINUTES = 0.5  # most of one training: a slow GPU ends the benchmark with fewer steps, not without a result
 ANSWERS = 256  # rows whose answers are kept to compare a service with
 started = time.perf_counter()
 
@@ -81,7 +83,11 @@ class Run:
         """The fields of both kinds of recipe."""
         table = self.data / "tasks" / f"{name}.parquet"
         common = {"data": str(table), "kind": "classification", "text": "text", "label": TASKS[name]}
-        return {**common, "steps": self.steps, "batch": self.batch, "longest": 256}
+        return {**common, "steps": self.steps, "minutes": self.minutes, "batch": self.batch, "longest": 256}
+
+    @property
+    def minutes(self) -> float | None:
+        return MINUTES if self.device.type == "cuda" else None
 
     def esft(self, name: str, rate: float = 1e-5, score: str = "token") -> EsftRecipe:
         fields = {"rate": rate, "score": score, "schedule": "cosine", "sample_length": 1024}
@@ -92,9 +98,7 @@ class Run:
 
     def full(self, rate: float) -> Optimisation:
         """As ESFT's; of many weights at once a warm-up is due."""
-        return Optimisation(
-            rate=rate, steps=self.steps, batch=self.batch, weight_decay=0.1, betas=(0.9, 0.95), longest=256
-        )
+        return replace(self.esft(next(iter(TASKS)), rate).optimisation(), warmup=0.05)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Outcome:
     answers: float
     general: float
     trained: int
+    steps: int
     seconds: float
     nbytes: int
     share: float | None = None  # of the experts, that were trained
@@ -122,8 +127,8 @@ def main(
     tokenizer: Annotated[Path | None, typer.Option(help="folder of a tokenizer; else one is trained")] = None,
     base: Annotated[Path | None, typer.Option(help="folder of a base that an earlier run trained")] = None,
     results: Annotated[Path | None, typer.Option(help="folder for esft.json; default benchmarks/results")] = None,
-    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 300,
-    seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 75.0,
+    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 250,
+    seconds: Annotated[float, typer.Option(help="most seconds of pretraining")] = 70.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     control: Annotated[bool, typer.Option(help="also train as many random experts (another 40 s on a GPU)")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="a toy, to see that all runs")] = False,
@@ -147,7 +152,7 @@ def main(
         effort = Effort(
             str(chosen), eval_rows=24 if quick else 1000, label_rows=0, validation_rows=16 if quick else 256
         )
-        general = general_rows(_tokenizer(made), corpus, 20 if quick else 400, size.context)
+        general = general_rows(AutoTokenizer.from_pretrained(made.folder), corpus, 20 if quick else 400, size.context)
         seen = score_experts(load_base(made, chosen, torch.float32), packed_samples(general, length=1024))
         run = Run(made, data, Path(work), chosen, effort, steps, 8 if quick else 64, general, seen, control)
         rates = best_rates(run, 10 if quick else max(1, steps // 5), quick)
@@ -160,16 +165,8 @@ def main(
         say(f"wrote {write_results('esft', command, rows, **({} if results is None else {'folder': results}))}")
 
 
-def _tokenizer(base: Base) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base.folder)
-
-
 def make_base(corpus: Corpus, given: Path | None, size: Size, device: Any, folder: Path) -> tuple[Base, list[Row]]:
     """Tokenizer and model, trained and written."""
-    from transformers import AutoTokenizer
-
     tokenizer = train_tokenizer(corpus, size) if given is None else AutoTokenizer.from_pretrained(given)
     stream = stream_of(tokenizer, corpus.train)
     say(f"{len(stream) / 1e6:.2f} million tokens, {len(tokenizer)} different ones")
@@ -205,7 +202,7 @@ def best_rates(run: Run, steps: int, quick: bool) -> dict[str, float]:
             else:
                 options = run.full(rate)
                 model.requires_grad_(True)
-            options = replace(options, steps=steps)
+            options = replace(options, steps=steps, minutes=run.minutes and run.minutes / 4)
             losses[rate] = fit(model, task.train, task.validation, options, task.codec).best
         found[way] = min(losses, key=lambda rate: losses[rate])
         say(f"rates for {way}: " + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
@@ -266,6 +263,7 @@ def _rows(case: str, found: Outcome, ways: dict[str, Outcome], base_bits: float)
         Row(case, "general text", found.general, "bits/byte", reference=base_bits),
         rise,
         Row(case, "parameters trained", found.trained),
+        Row(case, "steps", found.steps),
         Row(case, "training", found.seconds, "s"),
         Row(case, "stored", found.nbytes, "bytes"),
     ]
@@ -328,7 +326,8 @@ def _direct(run: Run, task: Task, model: Any, options: Optimisation, held: list[
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accuracy = _accuracy(model, task, held)
     answers, general = _bits_per_byte(model, task, held), _bits_per_byte(model, task, run.general)
-    return Outcome(accuracy, len(held), answers, general, trained, fitted.seconds, 2 * trained)  # stored in bf16
+    stored = 2 * trained  # in bf16
+    return Outcome(accuracy, len(held), answers, general, trained, fitted.steps, fitted.seconds, stored)
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +337,7 @@ def _reported(report: dict[str, Any]) -> dict[str, Any]:
         "rows": scores["rows"],
         "answers": scores["bits_per_byte"]["adapter"][0],
         "trained": report["parameters"],
+        "steps": report["training"]["steps"],
         "seconds": report["training"]["seconds"],
         "nbytes": report["weights_bytes"],
     }

@@ -49,7 +49,7 @@ class Size:
     context: int = 1024
     documents: int = 100_000
     steps: int = 2500
-    seconds: float = 75.0
+    seconds: float = 70.0
     batch: int = 64
     length: int = 512
     rate: float = 2e-3
