@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -375,7 +376,7 @@ def _mark(text: str) -> None:
     print(f"[{time.perf_counter() - _begun:6.1f} s] {text}", flush=True)
 
 
-def measure(plan: Plan, stock: Peer, ours: Peer, memory: Path, finished: Callable[[], None]) -> None:
+def measure(plan: Plan, stock: Peer, ours: Peer, memory: Path, finished: Callable[[], object]) -> None:
     """Every part of the plan with one way to store rows."""
     slots = 20
     tuned = tuned_experts(slots)
@@ -411,7 +412,7 @@ def measure(plan: Plan, stock: Peer, ours: Peer, memory: Path, finished: Callabl
 
 
 def compare_formats(full: Path, differences: Plan) -> None:
-    """How much of the overhead of whole rows is left with differences, at the same cases; each against its own stock."""
+    """How much of the overhead of whole rows is left with differences, at the same cases, each beside its own stock."""
     if not full.exists():
         return
     found = json.loads(full.read_text())["rows"]
@@ -464,7 +465,7 @@ def main(
             _mark(f"stock started in {stock.started():.0f} s")
         _mark(f"ours, {name}, started in {ours.started():.0f} s")
         file = "expertweave" if name == "full" else f"expertweave_{name}"
-        measure(plan, stock, ours, memory, lambda f=file, p=plan: write_results(f, command, p.rows, out))  # type: ignore[misc]
+        measure(plan, stock, ours, memory, partial(write_results, file, command, plan.rows, out))
         ours.stop()
         if plan.difference:
             compare_formats(out / "expertweave.json", plan)

@@ -215,7 +215,7 @@ class Engine:
 
     def _prompt(self, rng: np.random.Generator, task: int, length: int) -> list[int]:
         tokens = task + self._tasks * rng.integers(self._vocabulary // self._tasks, size=length)
-        return tokens.tolist()  # type: ignore[no-any-return]
+        return tokens.tolist()
 
     def _add(
         self,

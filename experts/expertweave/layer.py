@@ -148,7 +148,11 @@ def _device_store(layer: Any, woven: WovenLayer) -> Store:
     """Rows on the GPU: mapped page by page as adapters need them."""
     pool = woven.weave.pool
     if woven.weave.settings.rows == "difference4":
-        return DifferenceRows(layer.w13_weight.data, layer.w2_weight.data, woven.weave.settings.extra_rows, pool)
+        differences = DifferenceRows(
+            layer.w13_weight.data, layer.w2_weight.data, woven.total_rows - woven.base_rows, pool
+        )
+        differences.take(woven.spare)
+        return differences
     parameters = [layer.w13_weight, layer.w2_weight]
     # Side by side: an expert's two weights share pages, and less of the last one is empty.
     shapes = [(tuple(parameter.shape[1:]), parameter.dtype) for parameter in parameters]

@@ -34,9 +34,13 @@ class WovenLayer:
         self.weave, self.number = weave, number
         self.local = experts  # row of each of the base's experts, -1 for those of other ranks
         held = sum(row >= 0 for row in experts)
-        self.rows = ExpertRows(held, held + settings.extra_rows)
         self.base_rows = held
-        self.total_rows = held + settings.extra_rows
+        self.total_rows = held + settings.extra_rows + int(settings.rows == "difference4")
+        self.rows = ExpertRows(held, self.total_rows)
+        self.spare: list[int] = []
+        if settings.rows == "difference4":
+            # Never an adapter's, and always mapped: a kernel is not launched on a tensor that begins in no memory.
+            self.spare = self.rows.take(1)
         self.table: Tensor = torch.tensor(experts, dtype=torch.int32).repeat(settings.slots + 1, 1)
         self.table = self.table.contiguous().to(weave.device)
         self.store: Any = None
@@ -105,7 +109,9 @@ class Weave:
 
     def memory(self) -> dict[str, int]:
         """Rows of adapters in use, and bytes of pages: in use (the base's included where it lies in pages) and free."""
-        rows = sum(layer.rows.rows - layer.rows.experts - layer.rows.free for layer in self.layers.values())
+        rows = sum(
+            layer.total_rows - layer.base_rows - layer.rows.free - len(layer.spare) for layer in self.layers.values()
+        )
         if self.pool is None:
             return {"rows": rows, "bytes_in_use": 0, "bytes_free": 0, "page_bytes": 0}
         page = self.pool.page_bytes
