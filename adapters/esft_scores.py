@@ -1,6 +1,6 @@
 """Which routed experts does a task use? The relevance scores of ESFT, measured on a base model.
 
-Source: Wang et al., "Let the Expert Stick to His Last" (ESFT, 2024), section 3.2, equations 5 and 6. For expert i of
+Source: Wang et al., "Let the Expert Stick to His Last" (ESFT, 2024), section 3. For expert i of
 layer l, over N samples of L_j tokens, with g the gate value, 0 where the expert is not among the K chosen:
 
     average gate score      1/N sum_j 1/L_j sum_k g[i, k]

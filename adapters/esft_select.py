@@ -1,6 +1,6 @@
 """Which experts an ESFT adapter retrains: in each layer the most relevant, until their scores sum to a threshold.
 
-Source: Wang et al., ESFT (2024), section 3.3, equation 7. The threshold applies to the scores as the paper defines
+Source: Wang et al., ESFT (2024), section 3. The threshold applies to the scores as the paper defines
 them: token ratios sum to 1 in a layer, gate scores to less where the router does not renormalise its weights (0.26 to
 0.53 in the published tables). `normalise="layer"` divides a layer's scores by their own sum first, so that a threshold
 is a share in every family. Never across layers, as the authors' released script does (`np.sum(axis=0)`), although its

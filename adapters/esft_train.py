@@ -1,6 +1,6 @@
 """Trains selected experts of a mixture of experts, and nothing else of the model.
 
-Source: Wang et al., ESFT (2024), section 3.3: router, shared experts, attention, norms and embeddings stay as they are,
+Source: Wang et al., ESFT (2024), section 3: router, shared experts, attention, norms and embeddings stay as they are,
 so that one routing decision serves the base and all its adapters. transformers keeps a layer's experts in one tensor
 [experts, ...]; here each selected expert has parameters of its own beside it, in float32: a step of 1e-5 is lost in the
 8 bits of a bfloat16 weight. Gradients and the optimiser's state exist for these alone.
@@ -21,7 +21,7 @@ from signalbox.adapters.esft_scores import expert_layers
 from signalbox.adapters.train import Optimisation
 from signalbox.adapters.train_data import TrainingError
 
-# The authors' configs/base.yaml, with the paper's batch and most steps (section 4.1).
+# The authors' configs/base.yaml, with the batch and the most steps of the paper.
 PAPER = Optimisation(
     rate=1e-5, batch=32, steps=500, warmup=0.0, schedule="constant", weight_decay=0.1, betas=(0.9, 0.95), longest=4096
 )

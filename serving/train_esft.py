@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class EsftRecipe(TaskRecipe):
-    """How an ESFT adapter is made. The defaults are those of the paper (sections 3.2, 4.1) and its code."""
+    """How an ESFT adapter is made. The defaults are those of the paper and its code."""
 
     score: Literal["gate", "token"] = Field("token", description="relevance: average gate score, or token ratio")
     threshold: float | None = Field(None, gt=0, le=1, description="default: 0.2 for token, 0.1 for gate")

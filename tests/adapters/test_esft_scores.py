@@ -43,7 +43,7 @@ def load(folder: Path, **changes: Any) -> Any:
 
 
 def by_formula(model: Any, samples: list[list[int]]) -> tuple[dict[int, list[float]], dict[int, list[float]], int]:
-    """Both scores from the routers' logits, token by token in Python, as section 3.2 of the paper writes them."""
+    """Both scores from the routers' logits, token by token in Python, as the paper writes them."""
     config = model.config
     top_k = config.num_experts_per_tok
     logits: dict[int, torch.Tensor] = {}
