@@ -1,14 +1,14 @@
 """Which routed experts does a task use? The relevance scores of ESFT, measured on a base model.
 
-Source: Wang et al., "Let the Expert Stick to His Last" (ESFT, 2024), section 3. For expert i of
-layer l, over N samples of L_j tokens, with g the gate value, 0 where the expert is not among the K chosen:
+Source: Wang et al., "Let the Expert Stick to His Last" (ESFT, 2024), section 3. For expert i of layer l, over
+N samples of L_j tokens, with g the gate value, 0 where the expert is not among the K chosen:
 
     average gate score      1/N sum_j 1/L_j sum_k g[i, k]
     token selection ratio   1/N sum_j 1/L_j sum_k 1[g[i, k] > 0] / K
 
 The gate value is the weight that the expert's output is multiplied with, before a `routed_scaling_factor`. So where a
-router renormalises its K weights (`norm_topk_prob`), a layer's gate scores sum to 1; where it does not, to the mean
-probability of the chosen. The token ratios of a layer sum to 1 in all families.
+router renormalises its K weights (`norm_topk_prob`), a layer's gate scores sum to 1; where it does not, to the
+probability that falls on the chosen. The token ratios of a layer sum to 1 in all families.
 """
 
 from __future__ import annotations
