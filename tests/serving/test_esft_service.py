@@ -89,3 +89,18 @@ def test_what_cannot_be_added(served: Served, tmp_path: Path) -> None:
     assert "outside the folders" in outside
     said = served.cli("adapters", "add", "x", str(served.adapters[2]), "--base", "merged", code=1)
     assert "takes no adapters" in said
+
+
+def test_a_killed_core_comes_back_with_its_adapters(served: Served) -> None:
+    wanted = {model: served.says(model) for model in ("first", "moe")}
+    core = served.running.core("moe")
+    assert core is not None
+    core.kill()
+    served.running.until(lambda: not served.running.experts()["moe"]["ready"], 10)
+    served.running.until(lambda: served.running.experts()["moe"]["ready"])
+
+    def loaded() -> bool:
+        return bool(httpx.get(f"{served.running.url}/v1/adapters/first").json()["phase"] == "ready")
+
+    served.running.until(loaded, 30)
+    assert {model: served.says(model) for model in wanted} == wanted
