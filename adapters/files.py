@@ -174,7 +174,7 @@ class TensorEntry:
         """Its dtype in torch."""
         import torch
 
-        return getattr(torch, DTYPES[self.dtype][0])  # type: ignore[no-any-return]
+        return getattr(torch, DTYPES[self.dtype][0])
 
 
 class SafetensorsFile:
