@@ -28,15 +28,21 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def save_tiny_moe(
-    folder: Path, family: Family, *, seed: int = 0, context: int = 512, dtype: torch.dtype = torch.float32
+    folder: Path,
+    family: Family,
+    *,
+    seed: int = 0,
+    context: int = 512,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Path:
     """Write a random model with three layers of 16 routed experts each, and its tokenizer, into `folder`.
 
     DeepSeek-V2 has a shared expert, a dense layer 0 before them, and top-3; Qwen3-MoE renormalises its top-2 weights;
-    OLMoE does not.
+    OLMoE does not. `changes` are of the model's configuration.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(family, context))
+    model = AutoModelForCausalLM.from_config(_config(family, context, changes))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # as in `tiny_models`: large, or ties would decide
             torch.nn.init.normal_(parameter, std=0.3 if name.endswith("gate.weight") else 0.15)
@@ -46,7 +52,7 @@ def save_tiny_moe(
     return folder
 
 
-def _config(family: Family, context: int) -> PreTrainedConfig:
+def _config(family: Family, context: int, changes: dict[str, Any]) -> PreTrainedConfig:
     common: dict[str, Any] = {
         "vocab_size": 304,
         "hidden_size": 64,
@@ -58,33 +64,33 @@ def _config(family: Family, context: int) -> PreTrainedConfig:
         "tie_word_embeddings": False,
     }
     if family == "deepseek_v2":
-        return DeepseekV2Config(
-            **common,
-            intermediate_size=128,
-            moe_intermediate_size=32,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            q_lora_rank=None,
-            kv_lora_rank=32,
-            qk_rope_head_dim=32,
-            qk_nope_head_dim=32,
-            v_head_dim=32,
-            n_routed_experts=EXPERTS,
-            n_shared_experts=1,
-            num_experts_per_tok=3,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            topk_method="greedy",
-            norm_topk_prob=False,
-            routed_scaling_factor=1.0,
-        )
+        own = {
+            "intermediate_size": 128,
+            "moe_intermediate_size": 32,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "q_lora_rank": None,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+        }
+        return DeepseekV2Config(**common | own | changes)
     common |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": EXPERTS, "num_experts_per_tok": 2}
     if family == "qwen3_moe":
-        return Qwen3MoeConfig(
-            **common, intermediate_size=128, moe_intermediate_size=32, head_dim=32, norm_topk_prob=True
-        )
-    return OlmoeConfig(**common, intermediate_size=32, norm_topk_prob=False)
+        own = {"intermediate_size": 128, "moe_intermediate_size": 32, "head_dim": 32, "norm_topk_prob": True}
+        return Qwen3MoeConfig(**common | own | changes)
+    own = {"intermediate_size": 32, "norm_topk_prob": False}
+    return OlmoeConfig(**common | own | changes)
 
 
 def moe_layers(folder: Path) -> list[int]:

