@@ -1,10 +1,10 @@
 """Which experts an ESFT adapter retrains: in each layer the most relevant, until their scores sum to a threshold.
 
-Source: Wang et al., ESFT (2024), section 3. The threshold applies to the scores as the paper defines
-them: token ratios sum to 1 in a layer, gate scores to less where the router does not renormalise its weights (0.26 to
-0.53 in the published tables). `normalise="layer"` divides a layer's scores by their own sum first, so that a threshold
-is a share in every family. Never across layers, as the authors' released script does (`np.sum(axis=0)`), although its
-published tables are not made so.
+Source: Wang et al., ESFT (2024), section 3. A layer's scores are divided by their own sum first, so that a threshold is
+a share in every family; token ratios sum to 1 by themselves. `normalise="none"` takes gate scores as the paper's tables
+have them, where the router does not renormalise its weights: they sum to 0.26 to 0.53 in a layer there, and its 0.1 is
+on that scale. Never across layers, as the authors' released script does (`np.sum(axis=0)`), although its published
+tables are not made so.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from signalbox.adapters.train_data import TrainingError
 
 Score = Literal["gate", "token"]
 Normalise = Literal["none", "layer"]
-THRESHOLDS: dict[Score, float] = {"gate": 0.1, "token": 0.2}  # of the paper, on scores as they are
+THRESHOLDS: dict[Score, float] = {"gate": 0.1, "token": 0.2}  # of the paper
 ROUNDING = 1e-9  # by which a sum of scores may miss a threshold that it reaches on paper
 
 
 def select_experts(
-    scores: ExpertScores, score: Score = "token", threshold: float | None = None, normalise: Normalise = "none"
+    scores: ExpertScores, score: Score = "token", threshold: float | None = None, normalise: Normalise = "layer"
 ) -> dict[int, tuple[int, ...]]:
     """Layer -> ids of the experts to retrain, ascending. Without a `threshold`, the paper's for the score.
 

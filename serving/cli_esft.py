@@ -90,7 +90,7 @@ def select_command(
     out: Annotated[Path, typer.Option(help="file for the selection, in the released format")] = Path("expert_cfg.json"),
     score: ScoreName = "token",
     threshold: Threshold = None,
-    normalise: Normalise = "none",
+    normalise: Normalise = "layer",
 ) -> None:
     """Choose in each layer the most relevant experts, until their scores sum to the threshold."""
     from signalbox.adapters.esft_scores import read_scores
@@ -120,7 +120,7 @@ def train_command(
     label: Label = None,
     score: ScoreName = "token",
     threshold: Threshold = None,
-    normalise: Normalise = "none",
+    normalise: Normalise = "layer",
     samples: Samples = 32,
     sample_length: SampleLength = 4096,
     steps: Annotated[int | None, typer.Option(min=1, help="default 500, unless --epochs is given")] = None,

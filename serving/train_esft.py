@@ -41,7 +41,7 @@ class EsftRecipe(TaskRecipe):
 
     score: Literal["gate", "token"] = Field("token", description="relevance: average gate score, or token ratio")
     threshold: float | None = Field(None, gt=0, le=1, description="default: 0.2 for token, 0.1 for gate")
-    normalise: Literal["none", "layer"] = Field("none", description="layer: divide a layer's scores by their sum")
+    normalise: Literal["layer", "none"] = Field("layer", description="layer: divide a layer's scores by their sum")
     samples: int = Field(32, gt=0, le=65_536, description="most samples that the experts are scored on")
     sample_length: int = Field(4096, gt=0, description="tokens of a sample")
     rate: float = Field(1e-5, gt=0, description="highest learning rate")

@@ -59,6 +59,8 @@ def _check(config: Any) -> None:
             "ESFT adapters are served with tensor and expert parallelism alone: no pipeline or data parallelism, no "
             "expert load balancing"
         )
+    if parallel.enable_expert_parallel and config.device_config.device_type == "cpu":
+        raise CannotWeave("vLLM's kernels for the CPU know no experts of other ranks: leave out enable_expert_parallel")
     if config.speculative_config is not None:
         raise CannotWeave("ESFT adapters are not served with speculative decoding: the draft has no adapters")
 
@@ -67,8 +69,11 @@ class WovenMoEMethod(UnquantizedFusedMoEMethod):
     """vLLM's unquantised experts, their weights among the rows of adapters."""
 
     def __init__(self, moe: Any) -> None:
+        weave = _weave()
+        if weave is not None:  # LoRA is kept off the experts (`lora_target_modules`): any kernel will do
+            moe.is_lora_enabled = False
         super().__init__(moe)
-        self._weave = _weave()
+        self._weave = weave
         if self._weave is None:
             return
         chosen: Any = self.experts_cls  # type: ignore[has-type]

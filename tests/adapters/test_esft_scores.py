@@ -222,9 +222,9 @@ def test_thresholds_apply_within_each_layer() -> None:
     scores = example()
     assert select_experts(scores, "token") == {1: (1,), 2: (1,)}  # p = 0.2
     assert select_experts(scores, "token", 0.6) == {1: (1, 3), 2: (1, 2)}
-    assert select_experts(scores, "gate") == {1: (1,), 2: (0,)}  # p = 0.1 of the scores as they are
-    assert select_experts(scores, "gate", 0.25) == {1: (1, 3), 2: (0,)}
-    assert select_experts(scores, "gate", 0.25, "layer") == {1: (1,), 2: (0,)}  # 0.2 / 0.4 is enough
+    assert select_experts(scores, "gate") == {1: (1,), 2: (0,)}  # p = 0.1
+    assert select_experts(scores, "gate", 0.25, "none") == {1: (1, 3), 2: (0,)}
+    assert select_experts(scores, "gate", 0.25) == {1: (1,), 2: (0,)}  # 0.2 / 0.4 is enough
     # Across layers (the released script's slip) expert 1 of layer 1 has 0.2 / 0.22, expert 0 of layer 2 0.3 / 0.34.
     assert select_experts(scores, "gate", 0.8, "layer") == {1: (1, 2, 3), 2: (0, 2)}
     more = dataclasses.replace(scores, gate=scores.gate * 2)

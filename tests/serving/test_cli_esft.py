@@ -95,7 +95,7 @@ def test_training_scores_and_selects_by_itself(
     run("select", scores, "--out", tmp_path / "cfg.json", "--score", "gate", "--threshold", "0.2")
     assert (out / "expert_cfg.json").read_text() == (tmp_path / "cfg.json").read_text()
     how = json.loads((out / "training.json").read_text())["experts"]
-    assert (how["score"], how["threshold"], how["normalise"], how["tokens"]) == ("gate", 0.2, "none", 1024)
+    assert (how["score"], how["threshold"], how["normalise"], how["tokens"]) == ("gate", 0.2, "layer", 1024)
 
 
 def test_normalised_scores_need_fewer_experts(scores: Path, tmp_path: Path) -> None:
