@@ -473,6 +473,21 @@ async def test_a_load_that_nobody_waits_for_is_undone(woven: Woven) -> None:
     agree(await answer(woven.engine, PROMPTS[0], "esft-6@1"), alone(woven.merged[6], PROMPTS[0]), "again")
 
 
+async def test_two_ranks_share_each_expert(olmoe: Woven) -> None:
+    """Tensor parallelism: every worker keeps its share of each row, and all of them agree when an adapter is there."""
+    async with started(make_woven(olmoe.base, tensor_parallel_size=2)) as engine:
+        await engine.load("esft-0@1", str(olmoe.adapters[0]))
+        await engine.load("esft-1@1", str(olmoe.adapters[1]))
+        names = [None, "esft-0@1", "esft-1@1"]
+        found = await asyncio.gather(*(answer(engine, prompt, name) for name in names for prompt in PROMPTS))
+        cases = [(name, prompt) for name in names for prompt in PROMPTS]
+        for (name, prompt), given in zip(cases, found, strict=True):
+            agree(given, alone(olmoe.folders[name], prompt), (name, prompt))
+        await engine.unload("esft-0@1")
+        memory = await engine._core.workers("expertweave_memory")
+        assert len(memory) == 2 and memory[0]["rows"] == memory[1]["rows"] > 0
+
+
 async def test_a_base_without_routed_experts_is_refused(tmp_path: Path) -> None:
     engine = make_woven(save_tiny(tmp_path / "dense", head_dim=32))
     with pytest.raises(ExpertUnavailable, match=r"LlamaForCausalLM|no mixture of experts"):
