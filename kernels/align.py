@@ -56,23 +56,44 @@ def align_rows(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None =
     return align_rows_torch(rows, block, num_rows, base_of)
 
 
-def align_rows_torch(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None) -> Alignment:
-    """`align_rows` in plain PyTorch, on any device."""
+def align_apart(rows: Tensor, block: int, num_rows: int, base_of: Tensor, apart: int) -> tuple[Alignment, Alignment]:
+    """`align_rows` with `base_of`, and the picks of differences once more by themselves, in blocks of `apart`.
+
+    The second's groups are the differences, its `block_rows` their numbers from 0; other picks are in none of its
+    blocks, so that it has none where all picks are the base's. On GPUs still one launch. Raises as `align_rows` does.
+    """
+    if rows.dtype != torch.int32 or not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous int32, not {rows.dtype} with strides {rows.stride()}")
+    if rows.is_cuda:
+        from signalbox.kernels.align_triton import align_apart_triton
+
+        return align_apart_triton(rows, block, num_rows, base_of, apart)
+    together = align_rows_torch(rows, block, num_rows, base_of)
+    return together, align_rows_torch(rows, apart, len(base_of), first=num_rows)
+
+
+def align_rows_torch(
+    rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None, first: int = 0
+) -> Alignment:
+    """`align_rows` in plain PyTorch, on any device. Rows count from `first`; those below it are in no block then."""
     picks, size = rows.numel(), capacity(rows.numel(), block, num_rows)
-    group = rows.flatten().long()
+    group = rows.flatten().long() - first
     if base_of is not None and len(base_of):
         of_base = base_of.long()[(group - num_rows).clamp(min=0)]
         group = torch.where(group < num_rows, group, of_base)
     group = torch.where(group < 0, num_rows, group)
     count = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add_(0, group, group.new_ones(picks))
     room = (count + block - 1) // block * block
+    if first:
+        room[num_rows] = 0
     end, taken = room.cumsum(0), count.cumsum(0)
     order = rows.flatten().argsort(stable=True)
     order = order[group[order].argsort(stable=True)]
     ordered = group[order]
     place = torch.arange(picks, device=rows.device) - (taken - count)[ordered] + (end - room)[ordered]
     sorted_ids = torch.full((size,), picks, dtype=torch.int32, device=rows.device)
-    sorted_ids[place] = order.to(torch.int32)
+    kept = (ordered < num_rows) | (first == 0)
+    sorted_ids[place[kept]] = order[kept].to(torch.int32)
     starts = torch.arange(0, size, block, device=rows.device)
     block_rows = torch.searchsorted(end, starts, right=True).to(torch.int32)
     # The group of absent picks, and what lies behind the last group, is no row.

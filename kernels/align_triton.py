@@ -26,14 +26,71 @@ NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES: tl.constexpr):
-    """Row and group of pick i. The group is the row or that row's base; num_rows: absent, num_rows + 1: no pick."""
-    row = tl.load(rows + i, mask=i < picks, other=-1)
+def rows_and_groups(rows, base_of, i, picks, first, num_rows, DIFFERENCES: tl.constexpr, ABSENT: tl.constexpr):
+    """Row from `first` on and group of pick i: the row or that row's base; num_rows: absent, num_rows + 1: none.
+
+    Rows below `first` are absent, or of no group where ABSENT picks are to have none.
+    """
+    row = tl.load(rows + i, mask=i < picks, other=-1) - first
     group = row
     if DIFFERENCES:
         base = tl.load(base_of + row - num_rows, mask=row >= num_rows, other=0)
         group = tl.where(row >= num_rows, base, row)
-    return row, tl.where(i < picks, tl.where(row < 0, num_rows, group), num_rows + 1)
+    return row, tl.where(i < picks, tl.where(row < 0, num_rows + (0 if ABSENT else 1), group), num_rows + 1)
+
+
+@triton.jit
+def place_own(
+    rows,
+    base_of,
+    sorted_ids,
+    block_rows,
+    padded,
+    picks,
+    blocks,
+    first,
+    num_rows,
+    DIFFERENCES: tl.constexpr,
+    ABSENT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    OWN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Puts OWN picks in place. GROUPS: power of two, at least num_rows + 2; PAD: power of two, at least BLOCK - 1."""
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    own_row, mine = rows_and_groups(rows, base_of, own, picks, first, num_rows, DIFFERENCES, ABSENT)
+    counts = tl.zeros((GROUPS,), tl.int32)
+    found = tl.zeros((OWN, CHUNK), tl.int32)
+    for start in range(0, picks, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        row, theirs = rows_and_groups(rows, base_of, i, picks, first, num_rows, DIFFERENCES, ABSENT)
+        counts += tl.histogram(theirs, GROUPS)
+        before = i[None, :] < own[:, None]
+        if DIFFERENCES:
+            before = (row[None, :] < own_row[:, None]) | ((row[None, :] == own_row[:, None]) & before)
+        # Picks of the same group in the low half, those of them that come before in the high half.
+        found += tl.where(theirs[None, :] == mine[:, None], tl.where(before, TOGETHER + 1, 1), 0)
+    both = tl.sum(found, axis=1)
+    count = both % TOGETHER
+    place = both // TOGETHER
+    group = tl.arange(0, GROUPS)
+    room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
+    total = tl.sum(room, axis=0)
+    at = place + tl.sum(tl.where(group[None, :] < mine[:, None], room[None, :], 0), axis=1)
+    present = mine <= num_rows
+    tl.store(sorted_ids + at, own, mask=present)
+    # The first pick of a block names the block's row, the last pick of a group fills up its block.
+    tl.store(block_rows + at // BLOCK, tl.where(mine < num_rows, mine, -1), mask=present & (place % BLOCK == 0))
+    after = 1 + tl.arange(0, PAD)[None, :]
+    last = (present & (place == count - 1))[:, None]
+    rest = (BLOCK - 1 - place % BLOCK)[:, None]
+    tl.store(sorted_ids + at[:, None] + after, tl.zeros((OWN, PAD), tl.int32) + picks, mask=last & (after <= rest))
+    # There are no more blocks than picks, so that each program has its share of those that are not used.
+    tl.store(block_rows + own, tl.full((OWN,), -1, tl.int32), mask=(own >= total // BLOCK) & (own < blocks))
+    if tl.program_id(0) == 0:
+        tl.store(padded, total)
 
 
 @triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
@@ -53,42 +110,92 @@ def align_few_kernel(
     OWN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Puts OWN picks in place. GROUPS: power of two, at least num_rows + 2; PAD: power of two, at least BLOCK - 1."""
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    own_row, mine = rows_and_groups(rows, base_of, own, picks, num_rows, DIFFERENCES)
-    counts = tl.zeros((GROUPS,), tl.int32)
-    found = tl.zeros((OWN, CHUNK), tl.int32)
-    for start in range(0, picks, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        row, theirs = rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES)
-        counts += tl.histogram(theirs, GROUPS)
-        before = i[None, :] < own[:, None]
-        if DIFFERENCES:
-            before = (row[None, :] < own_row[:, None]) | ((row[None, :] == own_row[:, None]) & before)
-        # Picks of the same group in the low half, those of them that come before in the high half.
-        found += tl.where(theirs[None, :] == mine[:, None], tl.where(before, TOGETHER + 1, 1), 0)
-    both = tl.sum(found, axis=1)
-    count = both % TOGETHER
-    place = both // TOGETHER
-    group = tl.arange(0, GROUPS)
-    room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
-    total = tl.sum(room, axis=0)
-    at = place + tl.sum(tl.where(group[None, :] < mine[:, None], room[None, :], 0), axis=1)
-    present = own < picks
-    tl.store(sorted_ids + at, own, mask=present)
-    # The first pick of a block names the block's row, the last pick of a group fills up its block.
-    tl.store(block_rows + at // BLOCK, tl.where(mine < num_rows, mine, -1), mask=present & (place % BLOCK == 0))
-    after = 1 + tl.arange(0, PAD)[None, :]
-    last = (present & (place == count - 1))[:, None]
-    rest = (BLOCK - 1 - place % BLOCK)[:, None]
-    tl.store(sorted_ids + at[:, None] + after, tl.zeros((OWN, PAD), tl.int32) + picks, mask=last & (after <= rest))
-    # There are no more blocks than picks, so that each program has its share of those that are not used.
-    tl.store(block_rows + own, tl.full((OWN,), -1, tl.int32), mask=(own >= total // BLOCK) & (own < blocks))
-    if tl.program_id(0) == 0:
-        tl.store(padded, total)
+    """One alignment of few picks."""
+    place_own(
+        rows,
+        base_of,
+        sorted_ids,
+        block_rows,
+        padded,
+        picks,
+        blocks,
+        0,
+        num_rows,
+        DIFFERENCES,
+        True,
+        GROUPS,
+        BLOCK,
+        PAD,
+        OWN,
+        CHUNK,
+    )
 
 
-@triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
+@triton.jit(do_not_specialize=["picks", "blocks", "num_rows", "blocks_apart", "differences"])
+def align_few_apart_kernel(
+    rows,
+    base_of,
+    sorted_ids,
+    block_rows,
+    padded,
+    sorted_apart,
+    block_apart,
+    padded_apart,
+    picks,
+    blocks,
+    num_rows,
+    blocks_apart,
+    differences,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    GROUPS_APART: tl.constexpr,
+    BLOCK_APART: tl.constexpr,
+    OWN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Both alignments of few picks, by programs of their own."""
+    if tl.program_id(1) == 0:
+        place_own(
+            rows,
+            base_of,
+            sorted_ids,
+            block_rows,
+            padded,
+            picks,
+            blocks,
+            0,
+            num_rows,
+            True,
+            True,
+            GROUPS,
+            BLOCK,
+            PAD,
+            OWN,
+            CHUNK,
+        )
+    else:
+        place_own(
+            rows,
+            base_of,
+            sorted_apart,
+            block_apart,
+            padded_apart,
+            picks,
+            blocks_apart,
+            num_rows,
+            differences,
+            False,
+            False,
+            GROUPS_APART,
+            BLOCK_APART,
+            BLOCK_APART,
+            OWN,
+            CHUNK,
+        )
+
+
+@triton.jit(do_not_specialize=["picks", "blocks", "first", "num_rows"])
 def align_many_kernel(
     rows,
     base_of,
@@ -97,8 +204,10 @@ def align_many_kernel(
     padded,
     picks,
     blocks,
+    first,
     num_rows,
     DIFFERENCES: tl.constexpr,
+    ABSENT: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
@@ -110,7 +219,7 @@ def align_many_kernel(
     counts = tl.zeros((GROUPS,), tl.int32)
     lowest = tl.full((CHUNK,), NONE, tl.int32)
     for start in range(0, picks, CHUNK):
-        row, theirs = rows_and_groups(rows, base_of, start + each, picks, num_rows, DIFFERENCES)
+        row, theirs = rows_and_groups(rows, base_of, start + each, picks, first, num_rows, DIFFERENCES, ABSENT)
         counts += tl.histogram(theirs, GROUPS)
         lowest = tl.minimum(lowest, tl.where(theirs == mine, row, NONE))
     group = tl.arange(0, GROUPS)
@@ -124,7 +233,7 @@ def align_many_kernel(
         lowest = tl.full((CHUNK,), NONE, tl.int32)
         for start in range(0, picks, CHUNK):
             i = start + each
-            row, theirs = rows_and_groups(rows, base_of, i, picks, num_rows, DIFFERENCES)
+            row, theirs = rows_and_groups(rows, base_of, i, picks, first, num_rows, DIFFERENCES, ABSENT)
             equal = ((theirs == mine) & (row == current)).to(tl.int32)
             place = done + tl.cumsum(equal, axis=0) - 1
             tl.store(sorted_ids + first + place, i, mask=equal > 0)
@@ -142,26 +251,70 @@ def align_many_kernel(
         tl.store(padded, total)
 
 
-def align_rows_triton(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None) -> Alignment:
-    """`align_rows` on a GPU, one launch."""
-    picks, size = rows.numel(), capacity(rows.numel(), block, num_rows)
-    # One allocation for all three; each begins where 16 bytes do, as kernels like to read them.
-    blocks = size // block
-    ends = [-(-size // 4) * 4, -(-size // 4) * 4 + -(-blocks // 4) * 4]
-    memory = torch.empty(ends[1] + 1, dtype=torch.int32, device=rows.device)
-    alignment = Alignment(memory[:size], memory[ends[0] : ends[0] + blocks], memory[ends[1] :])
+def align_rows_triton(
+    rows: Tensor, block: int, num_rows: int, base_of: Tensor | None = None, first: int = 0
+) -> Alignment:
+    """`align_rows` on a GPU, one launch. With `first`, rows count from there and those below are in no block."""
+    picks = rows.numel()
+    alignment = room_for(picks, block, num_rows, rows.device)
     if not picks:
-        memory.zero_()
         return alignment
-    arguments = (rows, rows if base_of is None else base_of, *alignment, picks, blocks, num_rows)
     sizes = {
         "DIFFERENCES": base_of is not None,
         "GROUPS": triton.next_power_of_2(num_rows + 2),
         "BLOCK": block,
         "PAD": triton.next_power_of_2(block),
     }
-    if picks <= FEW:
-        align_few_kernel[(triton.cdiv(picks, OWN),)](*arguments, **sizes, OWN=OWN, CHUNK=FEW_CHUNK, num_warps=8)
+    arguments = (rows, rows if base_of is None else base_of, *alignment, picks, len(alignment.block_rows))
+    if picks <= FEW and not first:
+        grid = (triton.cdiv(picks, OWN),)
+        align_few_kernel[grid](*arguments, num_rows, **sizes, OWN=OWN, CHUNK=FEW_CHUNK, num_warps=8)
     else:
-        align_many_kernel[(num_rows + 1,)](*arguments, **sizes, CHUNK=MANY_CHUNK, num_warps=8)
+        absent = {"ABSENT": not first, "CHUNK": MANY_CHUNK}
+        align_many_kernel[(num_rows + 1,)](*arguments, first, num_rows, **sizes, **absent, num_warps=8)
     return alignment
+
+
+def align_apart_triton(
+    rows: Tensor, block: int, num_rows: int, base_of: Tensor, apart: int
+) -> tuple[Alignment, Alignment]:
+    """`align_apart` on a GPU: one launch of a decode step's picks, two of a prompt's."""
+    picks, differences = rows.numel(), len(base_of)
+    if picks > FEW:
+        together = align_rows_triton(rows, block, num_rows, base_of)
+        return together, align_rows_triton(rows, apart, differences, first=num_rows)
+    together = room_for(picks, block, num_rows, rows.device)
+    by_themselves = room_for(picks, apart, differences, rows.device)
+    if picks:
+        align_few_apart_kernel[(triton.cdiv(picks, OWN), 2)](
+            rows,
+            base_of,
+            *together,
+            *by_themselves,
+            picks,
+            len(together.block_rows),
+            num_rows,
+            len(by_themselves.block_rows),
+            differences,
+            GROUPS=triton.next_power_of_2(num_rows + 2),
+            BLOCK=block,
+            PAD=triton.next_power_of_2(block),
+            GROUPS_APART=triton.next_power_of_2(differences + 2),
+            BLOCK_APART=apart,
+            OWN=OWN,
+            CHUNK=FEW_CHUNK,
+            num_warps=8,
+        )
+    return together, by_themselves
+
+
+def room_for(picks: int, block: int, num_rows: int, device: torch.device) -> Alignment:
+    """Memory of an alignment, not filled; of no picks it is as it has to be."""
+    size = capacity(picks, block, num_rows)
+    # One allocation for all three; each begins where 16 bytes do, as kernels like to read them.
+    blocks = size // block
+    ends = [-(-size // 4) * 4, -(-size // 4) * 4 + -(-blocks // 4) * 4]
+    memory = torch.empty(ends[1] + 1, dtype=torch.int32, device=device)
+    if not picks:
+        memory.zero_()
+    return Alignment(memory[:size], memory[ends[0] : ends[0] + blocks], memory[ends[1] :])

@@ -1,6 +1,7 @@
 """ESFT adapters on vLLM: each row of a mixed batch is answered as by its own merged model (`make test-vllm`).
 
 The merged models are run by transformers, whose answers for these tiny models are those of vLLM, and some by vLLM.
+On a GPU machine with vLLM: `SIGNALBOX_TEST_GPUS=1 pytest tests/experts/test_expertweave.py`, or 2 for all of it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ pytestmark = [
     pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm"),
     pytest.mark.timeout(300),
 ]
+GPUS = int(os.environ.get("SIGNALBOX_TEST_GPUS", "0"))  # to run the engines on
+TOLERANCE = 5e-2 if GPUS else 2e-4  # of a log-probability; matrix units round float32 to ten bits
 ADAPTERS = 8
 PROMPTS = ["the fox", "one two three", "a signal box sets the points", "seven six five four three two one"]
 TOKENS = 16
@@ -97,7 +100,7 @@ def plain_attention() -> Iterator[None]:
 
 def make(model: Path, **changes: object) -> Any:
     settings: dict[str, object] = {"engine": "vllm", "model": str(model), "dtype": "float32", "max_running": 64}
-    settings |= {"gpus": 0, "enforce_eager": True} | changes
+    settings |= {"gpus": min(GPUS, 1), "enforce_eager": not GPUS} | ({"gpu_memory": 0.15} if GPUS else {}) | changes
     return build_engine("moe", VllmExpert.model_validate(settings))
 
 
@@ -184,8 +187,11 @@ def alone(model: Path, prompt: str, tokens: int = TOKENS) -> Answer:
 
 
 def agree(found: Answer, wanted: Answer, case: object) -> None:
-    assert found.tokens == wanted.tokens, case
-    assert found.logprobs == pytest.approx(wanted.logprobs, abs=2e-4), case
+    same = next(
+        (i for i, (a, b) in enumerate(zip(*(x.tokens for x in (found, wanted)), strict=True)) if a != b), TOKENS
+    )
+    assert found.logprobs[: same + 1] == pytest.approx(wanted.logprobs[: same + 1], abs=TOLERANCE), case
+    assert found.tokens == wanted.tokens or GPUS, case  # there two tokens may be as likely within the tolerance
 
 
 # -- every family ----------------------------------------------------------------------------------------------
@@ -473,9 +479,14 @@ async def test_a_load_that_nobody_waits_for_is_undone(woven: Woven) -> None:
     agree(await answer(woven.engine, PROMPTS[0], "esft-6@1"), alone(woven.merged[6], PROMPTS[0]), "again")
 
 
-async def test_two_ranks_share_each_expert(olmoe: Woven) -> None:
-    """Tensor parallelism: every worker keeps its share of each row, and all of them agree when an adapter is there."""
-    async with started(make_woven(olmoe.base, tensor_parallel_size=2)) as engine:
+@pytest.mark.skipif(GPUS == 1, reason="needs two GPUs, or none")
+@pytest.mark.parametrize("by_expert", [False, True])
+async def test_two_ranks(olmoe: Woven, by_expert: bool) -> None:
+    """Each worker keeps its share of every row, or its own experts' rows; an adapter is there when both have it."""
+    if by_expert and not GPUS:
+        pytest.skip("vLLM's kernels for the CPU know no experts of other ranks")
+    parallel = {"tensor_parallel_size": 2, "gpus": GPUS, "engine_args": {"enable_expert_parallel": by_expert}}
+    async with started(make_woven(olmoe.base, **parallel)) as engine:
         await engine.load("esft-0@1", str(olmoe.adapters[0]))
         await engine.load("esft-1@1", str(olmoe.adapters[1]))
         names = [None, "esft-0@1", "esft-1@1"]
@@ -485,7 +496,7 @@ async def test_two_ranks_share_each_expert(olmoe: Woven) -> None:
             agree(given, alone(olmoe.folders[name], prompt), (name, prompt))
         await engine.unload("esft-0@1")
         memory = await engine._core.workers("expertweave_memory")
-        assert len(memory) == 2 and memory[0]["rows"] == memory[1]["rows"] > 0
+        assert len(memory) == 2 and all(worker["rows"] > 0 for worker in memory)
 
 
 async def test_a_base_without_routed_experts_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signalbox.kernels.align import Alignment, align_rows, capacity
+from signalbox.kernels.align import Alignment, align_apart, align_rows, capacity
 
 
 def by_hand(rows: list[int], block: int, num_rows: int, base_of: list[int]) -> tuple[list[int], list[int]]:
@@ -38,6 +38,18 @@ def check(alignment: Alignment, rows: list[int], block: int, num_rows: int, base
     assert alignment.block_rows.tolist() == block_rows + [-1] * (size // block - len(block_rows))
 
 
+def check_apart(alignment: Alignment, rows: list[int], block: int, num_rows: int, differences: int) -> None:
+    """What the second alignment of `align_apart` has to be: differences by number, the base's picks nowhere."""
+    kept = [pick for pick, row in enumerate(rows) if row >= num_rows]
+    sorted_ids, block_rows = by_hand([rows[pick] - num_rows for pick in kept], block, differences, [])
+    size = capacity(len(rows), block, differences)
+    assert [len(part) for part in alignment] == [size, size // block, 1]
+    assert int(alignment.padded) == len(sorted_ids) <= size
+    there = [kept[i] if i < len(kept) else len(rows) for i in sorted_ids]
+    assert alignment.sorted_ids[: len(there)].tolist() == there
+    assert alignment.block_rows.tolist() == block_rows + [-1] * (size // block - len(block_rows))
+
+
 def random_rows(picks: int, num_rows: int, differences: int, used: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of which few different ones are used, and the base of each difference."""
     draw = torch.Generator().manual_seed(seed)
@@ -62,6 +74,9 @@ def test_picks_are_grouped_as_by_hand(
     rows, base_of = random_rows(picks, num_rows, differences, used, seed)
     alignment = align_rows(rows, block, num_rows, base_of if differences else None)
     check(alignment, rows.tolist(), block, num_rows, base_of.tolist())
+    together, by_themselves = align_apart(rows, block, num_rows, base_of, 16)
+    check(together, rows.tolist(), block, num_rows, base_of.tolist())
+    check_apart(by_themselves, rows.tolist(), 16, num_rows, differences)
 
 
 def test_the_capacity_is_what_the_worst_choice_of_rows_needs() -> None:

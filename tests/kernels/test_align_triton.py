@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.hopper import compile_for_hopper, run_interpreted
-from tests.kernels.test_align import check, random_rows
+from tests.kernels.test_align import check, check_apart, random_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -27,14 +27,27 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_kernels_compile_for_hopper_without_a_gpu() -> None:
-    from signalbox.kernels.align_triton import FEW_CHUNK, MANY_CHUNK, OWN, align_few_kernel, align_many_kernel
+    from signalbox.kernels.align_triton import (
+        FEW_CHUNK,
+        MANY_CHUNK,
+        OWN,
+        align_few_apart_kernel,
+        align_few_kernel,
+        align_many_kernel,
+    )
 
-    pointers = dict.fromkeys(("rows", "base_of", "sorted_ids", "block_rows", "padded"), "*i32")
+    names = ("rows", "base_of", "sorted_ids", "block_rows", "padded", "sorted_apart", "block_apart", "padded_apart")
+    pointers = dict.fromkeys(names, "*i32")
     for groups, block, differences in ((128, 16, True), (512, 64, False), (1024, 128, False)):
         sizes = {"GROUPS": groups, "BLOCK": block, "PAD": block, "DIFFERENCES": differences}
         for kernel, own in ((align_few_kernel, {"OWN": OWN, "CHUNK": FEW_CHUNK}), (align_many_kernel, None)):
-            _, usage = compile_for_hopper(kernel, pointers, sizes | (own or {"CHUNK": MANY_CHUNK}), num_warps=8)
+            rest = own or {"CHUNK": MANY_CHUNK, "ABSENT": True}
+            _, usage = compile_for_hopper(kernel, pointers, sizes | rest, num_warps=8)
             assert usage["STACK"] == usage["LOCAL"] == 0
+    sizes = {"GROUPS": 128, "BLOCK": 64, "PAD": 64, "GROUPS_APART": 512, "BLOCK_APART": 16}
+    own = {"OWN": OWN, "CHUNK": FEW_CHUNK}
+    _, usage = compile_for_hopper(align_few_apart_kernel, pointers, sizes | own, num_warps=8)
+    assert usage["STACK"] == usage["LOCAL"] == 0
 
 
 @here
@@ -65,4 +78,9 @@ def test_picks_are_grouped_as_by_hand(
         alignment = align_triton.align_rows_triton(
             rows.to(DEVICE), block, num_rows, base_of.to(DEVICE) if differences else None
         )
+        together, by_themselves = align_triton.align_apart_triton(
+            rows.to(DEVICE), block, num_rows, base_of.to(DEVICE), 16
+        )
     check(alignment, rows.tolist(), block, num_rows, base_of.tolist())
+    check(together, rows.tolist(), block, num_rows, base_of.tolist())
+    check_apart(by_themselves, rows.tolist(), 16, num_rows, differences)
