@@ -8,6 +8,7 @@ done. An expert equal to the base's own, or to one that another adapter holds, k
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from signalbox.adapters.base import AdapterError
 from signalbox.adapters.expert_rows import OutOfRows
-from signalbox.experts.expertweave.staging import Staged
+from signalbox.experts.expertweave.settings import STAGING_LOST
+from signalbox.experts.expertweave.staging import Staged, StagingLost
 from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.virtual_tensor import OutOfPages
 
@@ -58,7 +60,7 @@ class Load:
 
     slot: int
     feed: Feed
-    missing: int
+    missing: int = 0
     state: State = "loading"
     arrivals: list[_Arrival] = field(default_factory=list)
     held: dict[int, list[int]] = field(default_factory=dict)  # layer -> rows that it has a share of, once it serves
@@ -78,20 +80,40 @@ class Loader:
         self._releases: list[tuple[Any, Callable[[], None]]] = []  # pinned memory, by the event after its copy
 
     def begin(self, slot: int, feed: Feed) -> None:
-        """Start loading into a free slot. Raises ValueError for another, `AdapterError` for unknown layers."""
+        """Start loading into a free slot. Raises ValueError for another; what cannot be loaded at all, `poll` tells."""
         if not 0 <= slot < self._weave.settings.slots or slot in self._loads:
             raise ValueError(f"slot {slot} is not free")
-        if unknown := sorted(set(feed.experts) - set(self._weave.layers)):
-            raise AdapterError(f"the engine has no routed experts in layer {unknown[0]}", code="unknown_module")
         layers = self._weave.layers
-        wanted = [  # those of this rank
-            (number, expert)
-            for number, ids in feed.experts.items()
-            for expert in ids
-            if layers[number].local[expert] >= 0
-        ]
-        self._loads[slot] = Load(slot, feed, len(wanted))
-        feed.start(wanted)
+        load = self._loads[slot] = Load(slot, feed)
+        try:
+            if unknown := sorted(set(feed.experts) - set(layers)):
+                raise AdapterError(f"the engine has no routed experts in layer {unknown[0]}", code="unknown_module")
+            every = [(number, expert) for number, ids in feed.experts.items() for expert in ids]
+            wanted = [(number, expert) for number, expert in every if layers[number].local[expert] >= 0]  # of this rank
+            self._check_room(wanted)
+            load.missing = len(wanted)
+            feed.start(wanted)
+        except Exception as error:
+            self._abandon(load, error)
+
+    def _check_room(self, wanted: list[tuple[int, int]]) -> None:
+        """Refuse what would not fit if no other adapter were there: waiting for others to go would not help."""
+        layers = self._weave.layers
+        for number, count in Counter(number for number, _ in wanted).items():
+            rows = layers[number].total_rows - layers[number].base_rows - len(layers[number].spare)
+            if count > rows:
+                raise AdapterError(
+                    f"{count} experts of layer {number} are retrained, and there are {rows} rows for adapters: raise "
+                    "esft.experts_per_layer or max_adapters",
+                    code="too_many_experts",
+                )
+        needed, kept = sum(layers[number].store.row_bytes for number, _ in wanted), self._weave.kept_bytes
+        if kept is not None and needed > kept:
+            raise AdapterError(
+                f"its experts need {needed / 2**30:.2f} GiB, and {kept / 2**30:.2f} GiB are kept for adapters: raise "
+                "esft.memory_gib",
+                code="adapter_too_large",
+            )
 
     def poll(self, slot: int) -> dict[str, Any]:
         """Go on with a slot's load or unload; a plain report of where it stands. When all is there, it takes effect.
@@ -161,13 +183,19 @@ class Loader:
         except BaseException:
             layer.rows.give_back([row])
             raise
-        w13, w2 = self._laid_out(staged.parts)
-        store.write(row, base, w13, w2)
         key = staged.digest + base.to_bytes(4, "little")
         twin = layer.rows.share(key)
-        finite = w13.isfinite().all() & w2.isfinite().all()
-        as_twin = finite.new_zeros(()) if twin is None else store.equal(twin, base, w13, w2)
-        flags = torch.stack([finite, store.equal(base, base, w13, w2), as_twin])
+        try:  # each of these may find the device's memory full
+            w13, w2 = self._laid_out(staged.parts)
+            store.write(row, base, w13, w2)
+            finite = w13.isfinite().all() & w2.isfinite().all()
+            as_twin = finite.new_zeros(()) if twin is None else store.equal(twin, base, w13, w2)
+            flags = torch.stack([finite, store.equal(base, base, w13, w2), as_twin])
+        except BaseException:
+            if self._lane is not None:  # nothing is written there any more
+                self._lane.synchronize()
+            self._free_rows(layer, [row] if twin is None else [row, twin])
+            raise
         return _Arrival(layer, staged.expert, row, key, twin, flags)
 
     def _laid_out(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -263,6 +291,8 @@ def _reason(error: Exception) -> tuple[str, str, str | None]:
     """(message, code, tensor) of a load that failed."""
     if isinstance(error, AdapterError):
         return error.message, error.code, error.tensor
+    if isinstance(error, StagingLost):
+        return str(error), STAGING_LOST, None
     if isinstance(error, OutOfPages | torch.OutOfMemoryError):
         return f"the device memory kept for adapters is full: {error}", "adapter_memory_full", None
     if isinstance(error, OutOfRows):

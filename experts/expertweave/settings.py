@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 KEY = "expertweave"  # in vLLM's additional_config
 SLOT_KEY = "expertweave_slot"  # in a request's sampling parameters (extra_args): the adapter's slot
+STAGING_LOST = "staging_lost"  # code of a load that failed by no fault of the adapter's, and can be tried again
 WORKER_EXTENSION = "signalbox.experts.expertweave.worker.ExpertWeaveWorker"
 
 # Architectures by vLLM's names whose routed experts are whole linears behind a frozen router, as ESFT takes them.

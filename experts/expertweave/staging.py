@@ -22,6 +22,10 @@ from signalbox.experts.expertweave import stage
 PLACES = 16  # experts that are read or copied at once
 
 
+class StagingLost(RuntimeError):
+    """The staging process has ended. Another one is started for the next load: the adapter is not to blame."""
+
+
 @dataclass(slots=True)
 class Staged:
     """An expert whose weights are in a place of the pinned memory; `release` the place once they are copied."""
@@ -83,11 +87,11 @@ class Stager:
     def collect(self) -> None:
         """Hand what has been read to its feeds."""
         assert self._process.stdout is not None
+        ended = False
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._process.stdout.fileno(), 65536):
                 self._unread += data
-            if self._process.poll() is not None:
-                self._fail("the staging process has ended")
+            ended = True
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
             number, digest, error = json.loads(line)
@@ -98,6 +102,8 @@ class Stager:
                     job.feed.error = AdapterError(f"the adapter cannot be read: {error}", code="unreadable")
                 continue
             job.feed.arrived.append(self._staged(job, place, bytes.fromhex(digest)))
+        if ended:
+            self._fail()
         self._start()
 
     @property
@@ -128,7 +134,7 @@ class Stager:
                 self._process.stdin.write("".join(lines).encode())
                 self._process.stdin.flush()
             except OSError:
-                self._fail("the staging process has ended")
+                self._fail()
 
     def _staged(self, job: _Job, place: int, digest: bytes) -> Staged:
         parts, at = {}, place * self._place_bytes
@@ -140,9 +146,9 @@ class Stager:
     def _release(self, place: int) -> None:
         self._free.append(place)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self) -> None:
         for job in [*self._waiting, *(job for job, _ in self._running.values())]:
-            job.feed.error = RuntimeError(reason)
+            job.feed.error = StagingLost("the process that reads adapters has ended; the load can be tried again")
         self._waiting, self._running = [], {}
 
 

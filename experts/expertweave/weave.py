@@ -65,6 +65,7 @@ class Weave:
         self.shard = (0, 1)
         self.step = StepIndex(longest_step, device)
         self.pool = open_pool(device, None)
+        self.kept_bytes: int | None = None  # device memory for adapters, once the model is ready; None: not counted
         self._shape: BaseShape | None = None
 
     def layer(self, number: int, experts: list[int], expert_shape: tuple[int, int]) -> WovenLayer:
@@ -106,6 +107,7 @@ class Weave:
         """The model is ready: from now on adapters have the memory that was kept for them and no more."""
         if self.pool is not None:
             self.pool.limit = self.pool.pages_in_use + self.pool.pages_free
+            self.kept_bytes = self.pool.pages_free * self.pool.page_bytes
 
     def memory(self) -> dict[str, int]:
         """Rows of adapters in use, and bytes of pages: in use (the base's included where it lies in pages) and free."""

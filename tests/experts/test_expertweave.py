@@ -441,6 +441,18 @@ async def test_rows_run_out_before_slots(woven: Woven, tmp_path: Path) -> None:
         await woven.engine.load("large@3", str(large[3]))
 
 
+async def test_what_no_unloading_would_make_room_for_is_refused_at_once(olmoe: Woven, tmp_path: Path) -> None:
+    small = {"max_adapters": 2, "esft": {"experts_per_layer": 1}}
+    adapter = save_esft_adapter(tmp_path / "wide", olmoe.base, {0: [0], 1: [1, 2, 3]}, seed=7)
+    async with started(make_woven(olmoe.base, **small)) as engine:
+        with pytest.raises(InvalidRequest, match=r"3 experts of layer 1.*2 rows.*esft\.experts_per_layer") as caught:
+            await engine.load("wide@1", str(adapter))
+        assert (caught.value.status, caught.value.code) == (422, "too_many_experts")
+        assert not engine.adapters()
+        fits = save_esft_adapter(tmp_path / "fits", olmoe.base, {1: [1, 2]}, seed=8)
+        await engine.load("fits@1", str(fits))
+
+
 async def test_what_cannot_be_served_leaves_no_trace(woven: Woven, tmp_path: Path) -> None:
     broken = save_esft_adapter(tmp_path / "broken", woven.base, {0: [1, 2], 1: [3]})
     file = sorted(broken.glob("*.safetensors"))[0]
