@@ -97,7 +97,8 @@ def main(
         "gpu_memory_utilization": 0.1,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+        # Beyond vLLM's own 512 too, or prompts beside running requests wait for the host and not for the GPU.
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 544, 640, 1024, 1088],
         "seed": 0,
     }
     command = f"python -m benchmarks.expertweave --rows {rows} --shape {shape}"

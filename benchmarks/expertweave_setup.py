@@ -70,7 +70,7 @@ class Plan:
     prompts: tuple[int, ...] = (512, 1536)
     rates: tuple[int, ...] = (1, 3, 5)
     poisson_s: float = 12.0
-    repeats: int = 1  # of each rate, with other arrivals
+    repeats: int = 2  # of each rate, with other arrivals
     parts: tuple[str, ...] = ("decode", "prompts", "poisson", "exactness", "loading")
     difference: bool = False
     bandwidth: float = 0.0

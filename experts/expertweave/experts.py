@@ -20,7 +20,7 @@ from signalbox.kernels.align import align_rows
 from signalbox.kernels.difference_rows import align_picks, blocks_of, woven_product
 from signalbox.kernels.reroute import topk_reroute
 
-MANY_PICKS = 4096  # of a prompt, outside of CUDA graphs: there vLLM's alignment is the faster one
+MANY_PICKS = 4096  # of a prompt: beyond them vLLM's alignment is the faster one
 FEW_PICKS = 4  # vLLM's margin: with so many times fewer picks than experts each pick is a block by itself
 
 
@@ -152,9 +152,10 @@ def _on_cuda(vllm_class: type) -> type:
             """
             woven = self.woven
             picks = rows.numel()
-            if picks * FEW_PICKS <= len(woven.local) and min(woven.local) >= 0:
+            if picks * FEW_PICKS <= len(woven.local) and not woven.partial:
                 return None, rows.view(-1), _constant(picks * block, rows.device)
-            if picks <= MANY_PICKS or min(woven.local) < 0:
+            # A captured graph must hold for rows that are taken later; beyond, those in use are enough.
+            if picks <= MANY_PICKS or len(rows) <= woven.weave.longest_captured or woven.partial:
                 return align_rows(rows, block, woven.total_rows)
             return moe_align_block_size(rows, block, woven.rows_in_use)
 

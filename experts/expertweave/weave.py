@@ -34,6 +34,7 @@ class WovenLayer:
         self.weave, self.number = weave, number
         self.local = experts  # row of each of the base's experts, -1 for those of other ranks
         held = sum(row >= 0 for row in experts)
+        self.partial = held < len(experts)  # other ranks hold the rest
         self.base_rows = held
         self.total_rows = held + settings.extra_rows + int(settings.rows == "difference4")
         self.rows = ExpertRows(held, self.total_rows)
@@ -61,6 +62,7 @@ class Weave:
     def __init__(self, settings: WeaveSettings, config: Any, device: torch.device, longest_step: int) -> None:
         self.settings, self.config, self.device = settings, config, device
         self.dtype: torch.dtype = config.model_config.dtype
+        self.longest_captured = int(config.compilation_config.max_cudagraph_capture_size or 0)  # tokens
         self.layers: dict[int, WovenLayer] = {}
         self.shard = (0, 1)
         self.step = StepIndex(longest_step, device)
