@@ -225,7 +225,7 @@ def align_many_kernel(
     group = tl.arange(0, GROUPS)
     room = tl.where(group <= num_rows, (counts + BLOCK - 1) // BLOCK * BLOCK, 0)
     total = tl.sum(room, axis=0)
-    first = tl.sum(tl.where(group < mine, room, 0), axis=0)
+    begin = tl.sum(tl.where(group < mine, room, 0), axis=0)
     own_room = tl.sum(tl.where(group == mine, room, 0), axis=0)
     done = 0
     current = tl.min(lowest, axis=0)
@@ -236,15 +236,15 @@ def align_many_kernel(
             row, theirs = rows_and_groups(rows, base_of, i, picks, first, num_rows, DIFFERENCES, ABSENT)
             equal = ((theirs == mine) & (row == current)).to(tl.int32)
             place = done + tl.cumsum(equal, axis=0) - 1
-            tl.store(sorted_ids + first + place, i, mask=equal > 0)
+            tl.store(sorted_ids + begin + place, i, mask=equal > 0)
             done += tl.sum(equal, axis=0)
             lowest = tl.minimum(lowest, tl.where((theirs == mine) & (row > current), row, NONE))
         current = tl.min(lowest, axis=0)
     pad = done + tl.arange(0, PAD)
-    tl.store(sorted_ids + first + pad, tl.zeros((PAD,), tl.int32) + picks, mask=pad < own_room)
+    tl.store(sorted_ids + begin + pad, tl.zeros((PAD,), tl.int32) + picks, mask=pad < own_room)
     row = tl.where(mine < num_rows, mine, -1)
     for start in range(0, own_room // BLOCK, CHUNK):
-        tl.store(block_rows + first // BLOCK + start + each, row + each * 0, mask=start + each < own_room // BLOCK)
+        tl.store(block_rows + begin // BLOCK + start + each, row + each * 0, mask=start + each < own_room // BLOCK)
     for start in range(total // BLOCK + mine * CHUNK, blocks, tl.num_programs(0) * CHUNK):
         tl.store(block_rows + start + each, each * 0 - 1, mask=start + each < blocks)
     if mine == 0:

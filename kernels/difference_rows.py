@@ -5,8 +5,9 @@ Fine-tuning moves weights little, so that the difference to the base expert need
     out[p] = x[p // K] @ W(row of p).T,    x @ (base + difference).T = x @ base.T + x @ difference.T
 
 Picks of a base expert and of all adapters' variants of it therefore share blocks (`align_rows` with `base_of`): the
-base's row is read once for all, and of each variant a quarter of a row's bytes. Serving the base alone reads and
-computes what it does without adapters, and its results do not change by a bit. The idea of deltas beside a shared
+base's row is read once for all, and of each variant a quarter of a row's bytes. Where blocks are large, differences
+are multiplied in small blocks of their own after that. Serving the base alone reads and computes what it does without
+adapters, and its results do not change by a bit. The idea of deltas beside a shared
 base is BitDelta's (Liu et al., arXiv 2402.10193); grouping by base expert is ours.
 """
 
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from signalbox.kernels.align import Alignment, align_rows
+from signalbox.kernels.align import Alignment, align_apart, align_rows
 
 # Fractions of the scale that just covers a group's greatest difference; smaller ones clip it for the others' sake.
 SCALES = (8 / 7, 1.0, 0.925, 0.85, 0.775, 0.7)
@@ -35,11 +36,26 @@ class Differences(NamedTuple):
     base_of: Tensor
 
 
+class Apart(NamedTuple):
+    """Blocks of a launch of its own for differences: m picks of one of them by n features, so many programs at a time.
+
+    programs: of one multiprocessor. They share out the blocks, so that the launch costs little where there are none.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    programs: int
+
+
 class Blocks(NamedTuple):
     """Block sizes of the kernel and how it is launched; `m` is also the block of the alignment.
 
-    added: differences are added to the weights, which makes each variant a group of picks of its own, instead of their
-    products to the base's: less to compute, but the base's rows are read for each variant.
+    By itself the base's product is followed, block by block, by those of the differences that its picks have: one
+    launch, but each computes with all rows of the block. apart: they have a second launch, which adds them to what the
+    first has written. added: differences are added to the weights, which makes each variant a group of picks of its
+    own, instead of their products to the base's: less to compute, but the base's rows are read for each variant.
     """
 
     m: int
@@ -48,6 +64,14 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     added: bool = False
+    apart: Apart | None = None
+
+
+class Aligned(NamedTuple):
+    """The picks by block of the one launch, and of the second one where there is one."""
+
+    picks: Alignment
+    apart: Alignment | None = None
 
 
 def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
@@ -71,13 +95,15 @@ def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
     return blocks._replace(k=min(blocks.k, in_features & -in_features))
 
 
-def align_picks(rows: Tensor, num_full: int, blocks: Blocks, differences: Differences | None) -> Alignment:
+def align_picks(rows: Tensor, num_full: int, blocks: Blocks, differences: Differences | None) -> Aligned:
     """The alignment that `woven_product` needs with these blocks; rows as there. Raises as `align_rows` does."""
     if differences is None:
-        return align_rows(rows, blocks.m, num_full)
+        return Aligned(align_rows(rows, blocks.m, num_full))
     if blocks.added:
-        return align_rows(rows, blocks.m, num_full + len(differences.base_of))
-    return align_rows(rows, blocks.m, num_full, differences.base_of)
+        return Aligned(align_rows(rows, blocks.m, num_full + len(differences.base_of)))
+    if blocks.apart:
+        return Aligned(*align_apart(rows, blocks.m, num_full, differences.base_of, blocks.apart.m))
+    return Aligned(align_rows(rows, blocks.m, num_full, differences.base_of))
 
 
 def group_of(in_features: int) -> int:
@@ -143,7 +169,7 @@ def woven_product(
     full: Tensor,
     rows: Tensor,
     out: Tensor,
-    alignment: Alignment,
+    alignment: Aligned,
     *,
     top_k: int,
     blocks: Blocks,
@@ -155,11 +181,12 @@ def woven_product(
 
     x: [P / top_k, K]; full: [B, N, K] of x's dtype, rows contiguous in themselves; rows: int32 [P] in any shape; out:
     contiguous [P, N]; topk_weights: float32 [P] in any shape. W(r) is full[r], from B on the full row base_of[r - B]
-    plus difference r - B. blocks: `blocks_of` the step's tokens and K, which may differ between linears in all but m
-    and added; alignment: `align_picks` with them. bf16, fp16 or fp32, sums in float32. Only the rows that picks name
-    are read: the tensors may be views over memory that is not mapped elsewhere. On GPUs one launch; it is as wide as
-    `usual_rows` different groups of picks need (all where it is None) and computes more all the same. Raises ValueError
-    where the shapes do not fit.
+    plus difference r - B. blocks: `blocks_of` the step's tokens and K, which may differ between linears in all but m,
+    added and apart.m; alignment: `align_picks` with them. bf16, fp16 or fp32, sums in float32; where differences are
+    apart, the base's product is rounded to x's dtype before theirs is added. Only the rows that picks name are read:
+    the tensors may be views over memory that is not mapped elsewhere. On GPUs one launch, with differences apart two;
+    the first is as wide as `usual_rows` different groups of picks need (all where it is None) and computes more all the
+    same. Raises ValueError where the shapes do not fit.
     """
     picks = rows.numel()
     if x.ndim != 2 or x.shape[0] * top_k != picks or out.shape != (picks, full.shape[1]) or x.shape[1] != full.shape[2]:

@@ -3,12 +3,15 @@
 A program computes one tile of the output, a block of picks by some output features. Where bytes count: first the
 product with the full row that all picks of the block share, then, for each variant that picks of the block have, the
 product with its difference, where all other picks' inputs are zero. Both are sums in the same float32 tile. Where
-multiplications count (`Blocks.added`): one product, with the sum of both, for a block whose picks have the same row.
+blocks are large (`Blocks.apart`): the products with differences are a second kernel's, whose blocks have picks of one
+of them, and which adds to what the first has written. Where multiplications count (`Blocks.added`): one product, with
+the sum of both, for a block whose picks have the same row.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from signalbox.kernels.align import Alignment, capacity
-from signalbox.kernels.difference_rows import Blocks, Differences, group_of
+from signalbox.kernels.align import capacity
+from signalbox.kernels.difference_rows import Aligned, Apart, Blocks, Differences, group_of
 
 NONE = tl.constexpr(2**31 - 1)
 # The float32 2^23 + u has u in its lowest bits: a way from small integers to floats without the slow conversion.
@@ -99,6 +102,47 @@ def added(weights, both, scale, shift, ASSEMBLY: tl.constexpr):
     return found
 
 
+@triton.jit
+def add_difference(
+    acc,
+    x_at,
+    hit,
+    packed,
+    scales,
+    variant,
+    n,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_PRODUCT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """acc [m, n] plus the products of the inputs at x_at [m, 1], where `hit`, with columns n of difference `variant`.
+
+    The scales multiply the product (SCALE_PRODUCT) or the weights, whichever are fewer.
+    """
+    j = tl.arange(0, GROUP)[None, :]
+    packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n[:, None] * (K // 2) + j
+    scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n
+    for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
+        both = tl.load(packed_at + g // 2 * GROUP)
+        low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
+        high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
+        low_scale = tl.load(scales_at + g * N).to(tl.float32)
+        high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
+        low, high = halves(both, x_at.dtype.element_ty, ASSEMBLY)
+        if SCALE_PRODUCT:
+            acc += tl.dot(low_x, tl.trans(low), input_precision="ieee") * low_scale[None, :]
+            acc += tl.dot(high_x, tl.trans(high), input_precision="ieee") * high_scale[None, :]
+        else:
+            low = (low.to(tl.float32) * low_scale[:, None]).to(x_at.dtype.element_ty)
+            high = (high.to(tl.float32) * high_scale[:, None]).to(x_at.dtype.element_ty)
+            acc = tl.dot(low_x, tl.trans(low), acc, input_precision="ieee")
+            acc = tl.dot(high_x, tl.trans(high), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["picks", "num_full"])
 def woven_product_kernel(
     x,
@@ -132,7 +176,7 @@ def woven_product_kernel(
 ):
     """out[p] = x[p // TOP_K] @ W(rows[p]).T over the blocks of an alignment; BLOCK_K divides K.
 
-    A difference's scales multiply the product (SCALE_PRODUCT) or the weights, whichever are fewer; its loop has STAGES.
+    Without DIFFERENCES those that the picks of a block may have are left out.
     """
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -173,31 +217,62 @@ def woven_product_kernel(
                 ws = added(ws, both, tl.load(scales_at + g * N), g % 2 * 4, ASSEMBLY)
                 acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
         elif DIFFERENCES:
-            j = tl.arange(0, GROUP)[None, :]
             while variant < NONE:
                 hit = (variants == variant)[:, None]
-                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
-                scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
-                for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-                    both = tl.load(packed_at + g // 2 * GROUP)
-                    low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
-                    high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
-                    low_scale = tl.load(scales_at + g * N).to(tl.float32)
-                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-                    low, high = halves(both, x.dtype.element_ty, ASSEMBLY)
-                    if SCALE_PRODUCT:
-                        acc += tl.dot(low_x, tl.trans(low), input_precision="ieee") * low_scale[None, :]
-                        acc += tl.dot(high_x, tl.trans(high), input_precision="ieee") * high_scale[None, :]
-                    else:
-                        low = (low.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
-                        high = (high.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
-                        acc = tl.dot(low_x, tl.trans(low), acc, input_precision="ieee")
-                        acc = tl.dot(high_x, tl.trans(high), acc, input_precision="ieee")
+                acc = add_difference(
+                    acc, x_at, hit, packed, scales, variant, n_read, N, K, GROUP, SCALE_PRODUCT, STAGES, ASSEMBLY
+                )
                 variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
         if WEIGHTED:
             acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
         out_at = out + pick.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["picks"])
+def difference_product_kernel(
+    x,
+    packed,
+    scales,
+    topk_weights,
+    out,
+    sorted_ids,
+    block_rows,
+    padded,
+    picks,
+    x_row,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SCALE_PRODUCT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[p] += x[p // TOP_K] @ difference(p).T over the blocks of an alignment, each of picks of one difference."""
+    m = tl.arange(0, BLOCK_M)
+    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tiles = tl.load(padded) // BLOCK_M * n_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        block = tile // n_blocks
+        n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        variant = tl.load(block_rows + block)
+        pick = tl.load(sorted_ids + block * BLOCK_M + m)
+        real = pick < picks
+        x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = add_difference(
+            acc, x_at, real[:, None], packed, scales, variant, n % N, N, K, GROUP, SCALE_PRODUCT, STAGES, ASSEMBLY
+        )
+        if WEIGHTED:
+            acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
+        out_at = out + pick.to(tl.int64)[:, None] * N + n[None, :]
+        written = real[:, None] & (n < N)[None, :]
+        acc += tl.load(out_at, mask=written, other=0.0).to(tl.float32)
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=written)
 
 
 def launch_of(blocks: Blocks, in_features: int, differences: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -220,33 +295,54 @@ def launch_of(blocks: Blocks, in_features: int, differences: bool, dtype: torch.
     }
 
 
+def launch_apart(apart: Apart, in_features: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The same of the second kernel."""
+    return {
+        "GROUP": group_of(in_features),
+        "SCALE_PRODUCT": apart.m <= 16,
+        "STAGES": apart.stages,
+        "ASSEMBLY": dtype == torch.bfloat16,
+        "BLOCK_M": apart.m,
+        "BLOCK_N": apart.n,
+        "num_warps": apart.warps,
+        "num_stages": apart.stages,
+        "maxnreg": min(255, 65536 // (32 * apart.warps * apart.programs)) // 8 * 8,
+    }
+
+
 def woven_product_triton(
     x: Tensor,
     full: Tensor,
     rows: Tensor,
     out: Tensor,
-    alignment: Alignment,
+    alignment: Aligned,
     top_k: int,
     differences: Differences | None,
     topk_weights: Tensor | None,
     blocks: Blocks,
     usual_rows: int | None,
 ) -> None:
-    """`woven_product` on a GPU, one launch. Raises ValueError for memory that is laid out otherwise."""
+    """`woven_product` on a GPU. Raises ValueError for memory that is laid out otherwise."""
     num_full, features, inner = full.shape
     if full.stride()[1:] != (inner, 1) or x.stride(1) != 1 or not (out.is_contiguous() and rows.is_contiguous()):
         raise ValueError("full rows and inputs must be contiguous in themselves, rows and out altogether")
-    if alignment.sorted_ids.shape[0] != alignment.block_rows.shape[0] * blocks.m or inner % blocks.k:
+    together, by_themselves = alignment
+    if together.sorted_ids.shape[0] != together.block_rows.shape[0] * blocks.m or inner % blocks.k:
         raise ValueError(f"{blocks} fit neither this alignment nor {inner} input features: align by `blocks.m` picks")
     picks = rows.numel()
+    apart = blocks.apart if differences else None
     groups = num_full + len(differences.base_of) if differences and blocks.added else num_full
-    if differences and len(alignment.sorted_ids) != capacity(picks, blocks.m, groups):
+    sizes = [capacity(picks, blocks.m, groups)]
+    sizes += [capacity(picks, apart.m, len(differences.base_of))] if differences and apart else []
+    if differences and [len(part.sorted_ids) for part in alignment if part] != sizes:
         raise ValueError(f"{blocks} need the alignment that `align_picks` makes of these picks and differences")
     if not picks:
         return
-    wide = min(len(alignment.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)
+    wide = min(len(together.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)
     # What is not used is given something of its type.
     stored = differences or Differences(rows, rows, rows)
+    weights = rows if topk_weights is None else topk_weights
+    constants = {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": topk_weights is not None}
     woven_product_kernel[(wide * triton.cdiv(features, blocks.n),)](
         x,
         full,
@@ -254,16 +350,34 @@ def woven_product_triton(
         stored.scales,
         stored.base_of,
         rows,
-        rows if topk_weights is None else topk_weights,
+        weights,
         out,
-        *alignment,
+        *together,
         picks,
         num_full,
         x.stride(0),
         full.stride(0),
-        N=features,
-        K=inner,
-        TOP_K=top_k,
-        WEIGHTED=topk_weights is not None,
-        **launch_of(blocks, inner, differences is not None, x.dtype),
+        **constants,
+        **launch_of(blocks, inner, differences is not None and apart is None, x.dtype),
     )
+    if apart is None or differences is None or by_themselves is None:
+        return
+    tiles = len(by_themselves.block_rows) * triton.cdiv(features, apart.n)
+    difference_product_kernel[(min(tiles, apart.programs * multiprocessors(x.device)),)](
+        x,
+        differences.packed,
+        differences.scales,
+        weights,
+        out,
+        *by_themselves,
+        picks,
+        x.stride(0),
+        **constants,
+        **launch_apart(apart, inner, x.dtype),
+    )
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

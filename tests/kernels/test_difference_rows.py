@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signalbox.kernels.align import align_rows
 from signalbox.kernels.difference_rows import (
     HIGHEST,
     LOWEST,
     Differences,
+    align_picks,
     apply_difference,
     blocks_of,
     difference_of,
@@ -149,7 +149,7 @@ def test_products_are_what_they_are_by_hand(
     weights = torch.rand(tokens, top_k, generator=draw) if weighted else None
     out = torch.full((tokens * top_k, 10), float("nan"))
     blocks = blocks_of(tokens, 64, True)
-    alignment = align_rows(rows, blocks.m, num_full, differences.base_of)
+    alignment = align_picks(rows, num_full, blocks, differences)
     woven_product(
         x,
         full,
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused() -> None:
             torch.zeros(2, 8, 32),
             rows,
             torch.zeros(4, 8),
-            align_rows(rows, 16, 2),
+            align_picks(rows, 2, blocks_of(3, 32, False), None),
             top_k=2,
             blocks=blocks_of(3, 32, False),
         )

@@ -10,13 +10,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from signalbox.kernels.align import Alignment, align_rows_torch
-from signalbox.kernels.difference_rows import Blocks, Differences, align_picks, blocks_of
+from signalbox.kernels.align import Alignment
+from signalbox.kernels.difference_rows import Aligned, Apart, Blocks, Differences, align_picks, blocks_of
 from tests.kernels.hopper import compile_for_hopper, run_interpreted
 from tests.kernels.test_difference_rows import by_hand, random_differences
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+APART = Blocks(64, 16, 32, 4, 3, apart=Apart(16, 32, 4, 3, 2))
 here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in the interpreter's process")
 
 
@@ -48,9 +49,32 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: 
         assert usage["STACK"] <= 96  # bytes a thread, of which the widest tiles spill some
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("apart", [Apart(16, 64, 4, 4, 5), Apart(16, 128, 4, 4, 4)])
+def test_differences_apart_compile_for_hopper_without_a_gpu(apart: Apart) -> None:
+    from signalbox.kernels.difference_rows_triton import difference_product_kernel, launch_apart
+
+    pointers = dict.fromkeys(("sorted_ids", "block_rows", "padded"), "*i32") | {"x_row": "i64"}
+    pointers |= dict.fromkeys(("x", "out", "scales"), "*bf16") | {"packed": "*u8", "topk_weights": "*fp32"}
+    for features, inner, top_k in ((2816, 2048, 6), (2048, 1408, 1)):
+        launch = launch_apart(apart, inner, torch.bfloat16)
+        options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+        constants = launch | {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": top_k == 1}
+        ptx, usage = compile_for_hopper(difference_product_kernel, pointers, constants, **options)
+        assert ptx.count("cp.async.wait_group") >= 2 and usage["STACK"] <= 32
+        # As many programs as the launch counts on fit onto a multiprocessor.
+        assert usage["REG"] * 32 * apart.warps * apart.programs <= 65536
+        assert apart.programs * (usage["shared"] + 1024) <= 227 * 1024
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
     del TOLERANCE[torch.bfloat16]
+
+
+def on_device(aligned: Aligned) -> Aligned:
+    return Aligned(*(part and Alignment(*(memory.to(DEVICE) for memory in part)) for part in aligned))
 
 
 @here
@@ -62,7 +86,9 @@ if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
     count=st.integers(0, 8),
     features=st.sampled_from([16, 40]),
     inner=st.sampled_from([32, 96, 256]),
-    blocks=st.sampled_from([Blocks(16, 16, 32, 4, 3), Blocks(64, 32, 16, 4, 2), Blocks(16, 32, 32, 4, 3, added=True)]),
+    blocks=st.sampled_from(
+        [Blocks(16, 16, 32, 4, 3), Blocks(64, 32, 16, 4, 2), Blocks(16, 32, 32, 4, 3, added=True), APART]
+    ),
     dtype=st.sampled_from(list(TOLERANCE)),
     weighted=st.booleans(),
     usual_rows=st.sampled_from([None, 1]),
@@ -71,6 +97,8 @@ if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
 @example(20, 2, 3, 8, 40, 128, Blocks(16, 32, 32, 4, 3), torch.float32, True, 1, 0)
 @example(70, 1, 2, 6, 16, 128, Blocks(64, 16, 64, 4, 3), torch.float16, False, None, 1)
 @example(40, 2, 3, 8, 40, 128, Blocks(16, 32, 64, 4, 3, added=True), torch.float16, True, 1, 3)
+@example(40, 2, 3, 8, 40, 256, APART, torch.float32, True, 1, 4)
+@example(70, 1, 1, 1, 16, 128, APART, torch.float16, True, None, 5)  # more picks of a difference than its blocks hold
 @example(9, 2, 2, 0, 16, 48, Blocks(16, 16, 16, 4, 3), torch.float32, True, None, 2)
 def test_products_are_what_they_are_by_hand(
     tokens: int,
@@ -107,7 +135,7 @@ def test_products_are_what_they_are_by_hand(
         full.to(DEVICE),
         rows.to(DEVICE),
         out,
-        Alignment(*(part.to(DEVICE) for part in alignment)),
+        on_device(alignment),
         top_k,
         Differences(*(part.to(DEVICE) for part in differences)) if differences else None,
         weights.to(DEVICE) if weights is not None else None,
@@ -118,26 +146,26 @@ def test_products_are_what_they_are_by_hand(
 
 
 @here
-def test_rows_of_the_base_do_not_change_by_a_bit_for_variants_in_their_block() -> None:
+@pytest.mark.parametrize("blocks", [Blocks(16, 16, 64, 4, 3), Blocks(16, 16, 64, 4, 3, apart=APART.apart)])
+def test_rows_of_the_base_do_not_change_by_a_bit_for_variants_in_their_block(blocks: Blocks) -> None:
     from signalbox.kernels.difference_rows_triton import woven_product_triton
 
     draw = torch.Generator().manual_seed(0)
     full = torch.randn(2, 16, 128, generator=draw)
     differences, _ = random_differences(full, 4, draw)
     x = torch.randn(12, 128, generator=draw)
-    blocks = Blocks(16, 16, 64, 4, 3)
     mixed = torch.tensor([0, 2, 1, 3, 0, 4, 1, 5, 0, 1, 2, 3], dtype=torch.int32)
     alone = torch.where(mixed < 2, mixed, differences.base_of[(mixed - 2).clamp(min=0).long()])
     outs = []
     for rows in (mixed, alone):
-        alignment = align_rows_torch(rows, blocks.m, 2, differences.base_of)
+        alignment = align_picks(rows, 2, blocks, differences)
         out = torch.empty(12, 16, device=DEVICE)
         woven_product_triton(
             x.to(DEVICE),
             full.to(DEVICE),
             rows.to(DEVICE),
             out,
-            Alignment(*(part.to(DEVICE) for part in alignment)),
+            on_device(alignment),
             1,
             Differences(*(part.to(DEVICE) for part in differences)),
             None,
@@ -154,7 +182,7 @@ def test_blocks_of_another_alignment_are_refused() -> None:
     from signalbox.kernels.difference_rows_triton import woven_product_triton
 
     rows = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    alignment = Alignment(*(part.to(DEVICE) for part in align_rows_torch(rows.cpu(), 16, 2)))
+    alignment = on_device(align_picks(rows.cpu(), 2, Blocks(16, 16, 32, 4, 3), None))
     x, full, out = (torch.zeros(*shape, device=DEVICE) for shape in ((4, 32), (2, 16, 32), (4, 16)))
     with pytest.raises(ValueError, match=r"align by `blocks.m` picks"):
         woven_product_triton(x, full, rows, out, alignment, 1, None, None, Blocks(32, 16, 32, 4, 3), None)
@@ -162,6 +190,9 @@ def test_blocks_of_another_alignment_are_refused() -> None:
     stored = Differences(*(part.to(DEVICE) for part in differences))
     with pytest.raises(ValueError, match="`align_picks` makes"):  # of the base's rows, not of each difference's
         woven_product_triton(x, full, rows, out, alignment, 1, stored, None, Blocks(16, 16, 32, 4, 3, True), None)
+    with pytest.raises(ValueError, match="`align_picks` makes"):  # without that of the differences
+        blocks = Blocks(16, 16, 32, 4, 3, apart=APART.apart)
+        woven_product_triton(x, full, rows, out, alignment, 1, stored, None, blocks, None)
     with pytest.raises(ValueError, match="contiguous in themselves"):
         turned = torch.zeros(2, 32, 16, device=DEVICE).transpose(1, 2)
         woven_product_triton(x, turned, rows, out, alignment, 1, None, None, Blocks(16, 16, 32, 4, 3), None)
