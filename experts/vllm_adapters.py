@@ -25,6 +25,7 @@ from signalbox.adapters.validate import adapter_kind
 from signalbox.experts import vllm_versions
 from signalbox.experts.base import ExpertUnavailable, InvalidRequest, QueueFull, Unsupported
 from signalbox.experts.engine_adapters import EngineAdapters
+from signalbox.experts.expertweave.settings import STAGING_LOST
 from signalbox.experts.vllm_versions import BASE, Bound
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class VllmAdapters(EngineAdapters):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _add_esft(self, slot: Slot, path: str, core: Core) -> None:
-        """Raises `AdapterError`, and `QueueFull` where the device has no room for its experts."""
+        """Raises `AdapterError`; `QueueFull` where there is no room for its experts; `ExpertUnavailable`: try again."""
         self._bound[slot.name] = Bound(slot=slot.index, salt=f"{slot.name}#{next(self._numbers)}")
         with vllm_versions.translated_load(self.expert, slot.name):
             await core.workers("expertweave_load", slot.index, path)
@@ -107,6 +108,8 @@ class VllmAdapters(EngineAdapters):
             if report["state"] == "failed":
                 if report["code"] in ("adapter_memory_full", "adapter_slots_full"):
                     raise QueueFull(f"expert {self.expert!r}: {report['error']}", code=report["code"])
+                if report["code"] == STAGING_LOST:
+                    raise ExpertUnavailable(f"expert {self.expert!r}: {report['error']}")
                 raise AdapterError(report["error"], code=report["code"], tensor=report["tensor"])
 
     async def _settled(self, core: Core, slot: Slot) -> list[dict[str, Any]]:

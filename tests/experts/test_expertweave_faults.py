@@ -1,0 +1,166 @@
+"""Faults while an adapter is loaded: the staging process killed, the device's memory full in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from signalbox.adapters.base import Limits
+from signalbox.adapters.base_shape import base_shape
+from signalbox.adapters.esft_format import EsftAdapter
+from signalbox.experts.base import ExpertUnavailable
+from signalbox.experts.expertweave.loading import Loader
+from signalbox.experts.expertweave.settings import WeaveSettings
+from signalbox.experts.expertweave.staging import FolderFeed, Staged, Stager, StagingLost
+from signalbox.experts.expertweave.store import FullRows
+from signalbox.experts.expertweave.weave import Weave
+from signalbox.experts.vllm_arguments import installed
+from signalbox.kernels.virtual_tensor import row_tensor
+from tests.moe_models import EXPERTS, moe_layers, save_esft_adapter, save_tiny_moe
+
+HIDDEN, WIDTH, PLACE = 8, 4, 1 << 20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_moe(tmp_path_factory.mktemp("faults") / "base", "olmoe")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    """Every expert of every layer: more than the staging process has places for."""
+    return save_esft_adapter(base.parent / "all", base, {layer: range(EXPERTS) for layer in moe_layers(base)})
+
+
+def feed_of(adapter: Path, base: Path, stager: Stager) -> FolderFeed:
+    return FolderFeed(EsftAdapter(adapter, base_shape(base), Limits(roots=(adapter,))), stager)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_killed_staging_process_is_told_as_such(base: Path, adapter: Path, answers: bool) -> None:
+    """Whether or not it had answered before, and those answers still count."""
+    stager = Stager(PLACE, pinned=False)
+    feed = feed_of(adapter, base, stager)
+    try:
+        if not answers:
+            stager._process.send_signal(signal.SIGSTOP)
+        feed.start([(layer, expert) for layer, ids in feed.experts.items() for expert in ids])
+        time.sleep(1 if answers else 0)  # all places are filled, and nobody has looked
+        stager._process.kill()
+        stager._process.wait()
+        found: list[Staged] = []
+        with pytest.raises(StagingLost):
+            while True:
+                found += feed.ready()
+        assert not found and len(feed.arrived) == (16 if answers else 0)
+    finally:
+        feed.close()
+        stager.close()
+
+
+class Full(FullRows):
+    """Whole rows on a device whose memory is full (an injected fault) after some writes."""
+
+    left = 2
+
+    def write(self, row: int, expert: int, w13: Tensor, w2: Tensor) -> None:
+        if not self.left:
+            raise torch.OutOfMemoryError("full")
+        self.left -= 1
+        super().write(row, expert, w13, w2)
+
+
+class Given:
+    """Experts that have all arrived."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.experts, self.released, self.closed = {0: ids}, 0, False
+        self._staged: list[Staged] = []
+
+    def start(self, wanted: list[tuple[int, int]]) -> None:
+        for layer, expert in wanted:
+            draw = torch.Generator().manual_seed(expert)
+            parts = {name: torch.randn(WIDTH, HIDDEN, generator=draw) for name in ("gate_proj", "up_proj")}
+            parts["down_proj"] = torch.randn(HIDDEN, WIDTH, generator=draw)
+            self._staged.append(Staged(layer, expert, parts, bytes([expert]) * 16, self._release))
+
+    def ready(self) -> Iterator[Staged]:
+        while self._staged:
+            yield self._staged.pop()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _release(self) -> None:
+        self.released += 1
+
+
+def test_memory_that_runs_out_in_the_middle_leaves_no_row_behind() -> None:
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float32, model="tiny"),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=0),
+    )
+    weave = Weave(WeaveSettings(slots=2, experts_per_layer=4), config, torch.device("cpu"), 8)
+    layer = weave.layer(0, list(range(4)), (WIDTH, HIDDEN))
+    parts = [
+        row_tensor((layer.total_rows, *shape), torch.float32, "cpu", None)
+        for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    ]
+    store = layer.store = Full(parts, parts[0].tensor, parts[1].tensor, lambda w13, w2: (w13, w2))
+    loader = Loader(weave)
+
+    def load(slot: int) -> dict[str, Any]:
+        feed = Given((0, 1, 3))
+        loader.begin(slot, feed)
+        while (report := loader.poll(slot))["state"] in ("loading", "unloading"):
+            pass
+        assert feed.closed
+        return report
+
+    assert load(0)["code"] == "adapter_memory_full" and weave.memory()["rows"] == 0
+    store.left = 3
+    assert load(0)["state"] == "ready" and weave.memory()["rows"] == 3
+    store.left = 2  # its twins are shares of the first one's rows
+    assert load(1)["code"] == "adapter_memory_full" and weave.memory()["rows"] == 3
+    loader.unload(0)
+    while loader.poll(0)["state"] != "gone":
+        pass
+    assert weave.memory()["rows"] == 0 and layer.rows.free == 8
+
+
+@pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm")
+@pytest.mark.timeout(300)
+async def test_an_engine_whose_staging_process_is_killed(base: Path, adapter: Path) -> None:
+    from tests.experts.test_expertweave import make_woven, started
+
+    def staging() -> list[psutil.Process]:
+        below = psutil.Process().children(recursive=True)
+        return [process for process in below if any(word.endswith("stage.py") for word in process.cmdline())]
+
+    async with started(make_woven(base, max_adapters=2, esft={"experts_per_layer": EXPERTS})) as engine:
+        (idle,) = staging()
+        idle.kill()
+        await engine.load("a@1", str(adapter))
+        await engine.unload("a@1")
+        (busy,) = staging()
+        busy.suspend()
+        loading = asyncio.create_task(engine.load("a@2", str(adapter)))
+        await asyncio.sleep(0.5)
+        busy.kill()
+        with pytest.raises(ExpertUnavailable, match="tried again"):
+            await loading
+        assert not engine.adapters()
+        await engine.load("a@2", str(adapter))
+        assert list(engine.adapters()) == ["a@2"]
+        left = staging()
+    assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
