@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,11 @@ from signalbox.adapters.esft_format import EsftAdapter, Part
 from signalbox.experts.expertweave import stage
 
 PLACES = 16  # experts that are read or copied at once
+STALL_S = 60.0  # a staging process that brings none of these for so long is given up, seconds
 
 
 class StagingLost(RuntimeError):
-    """The staging process has ended. Another one is started for the next load: the adapter is not to blame."""
+    """The staging process has ended or hangs. The next load gets another one: the adapter is not to blame."""
 
 
 @dataclass(slots=True)
@@ -74,6 +76,8 @@ class Stager:
         self._running: dict[int, tuple[_Job, int]] = {}
         self._count = 0
         self._unread = b""
+        self._heard = time.monotonic()  # when it answered last, or was asked with nothing to do
+        self._lost = False
 
     def submit(self, jobs: list[_Job]) -> None:
         """Read these experts when there is room."""
@@ -93,6 +97,8 @@ class Stager:
                 self._unread += data
             ended = True
         *lines, self._unread = self._unread.split(b"\n")
+        if lines or not self._running:
+            self._heard = time.monotonic()
         for line in lines:
             number, digest, error = json.loads(line)
             job, place = self._running.pop(number)
@@ -102,20 +108,22 @@ class Stager:
                     job.feed.error = AdapterError(f"the adapter cannot be read: {error}", code="unreadable")
                 continue
             job.feed.arrived.append(self._staged(job, place, bytes.fromhex(digest)))
-        if ended:
+        if ended or (self._running and time.monotonic() - self._heard > STALL_S):
             self._fail()
         self._start()
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
-        return self._process.poll() is None
+        """Whether its process runs, and answers."""
+        return not self._lost and self._process.poll() is None
 
     def close(self) -> None:
         """End the process; nothing may be copied from its memory any more."""
         self._process.kill()
-        self._process.wait()
+        if not self._lost:  # one that hangs in a read may not end before that does
+            self._process.wait()
         if self._pinned:
+            torch.cuda.synchronize()  # copies of another load may be under way
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
 
     # -- inside --------------------------------------------------------------------------------------------
@@ -123,6 +131,8 @@ class Stager:
     def _start(self) -> None:
         assert self._process.stdin is not None
         lines = []
+        if not self._running:
+            self._heard = time.monotonic()
         while self._free and self._waiting:
             job, place = self._waiting.pop(0), self._free.pop()
             self._count += 1
@@ -147,8 +157,10 @@ class Stager:
         self._free.append(place)
 
     def _fail(self) -> None:
+        self._lost = True
+        self._process.kill()
         for job in [*self._waiting, *(job for job, _ in self._running.values())]:
-            job.feed.error = StagingLost("the process that reads adapters has ended; the load can be tried again")
+            job.feed.error = StagingLost("the process that reads adapters ended or hangs; the load can be tried again")
         self._waiting, self._running = [], {}
 
 

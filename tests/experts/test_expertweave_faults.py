@@ -19,6 +19,7 @@ from signalbox.adapters.base import Limits
 from signalbox.adapters.base_shape import base_shape
 from signalbox.adapters.esft_format import EsftAdapter
 from signalbox.experts.base import ExpertUnavailable
+from signalbox.experts.expertweave import staging
 from signalbox.experts.expertweave.loading import Loader
 from signalbox.experts.expertweave.settings import WeaveSettings
 from signalbox.experts.expertweave.staging import FolderFeed, Staged, Stager, StagingLost
@@ -65,6 +66,29 @@ def test_a_killed_staging_process_is_told_as_such(base: Path, adapter: Path, ans
         assert not found and len(feed.arrived) == (16 if answers else 0)
     finally:
         feed.close()
+        stager.close()
+
+
+def test_a_staging_process_that_hangs_is_given_up(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "STALL_S", 0.2)
+    stager = Stager(PLACE, pinned=False)
+    feeds = [feed_of(adapter, base, stager) for _ in range(2)]
+    try:
+        time.sleep(0.4)
+        assert not list(feeds[0].ready()) and stager.alive  # idle is not hanging
+        stager._process.send_signal(signal.SIGSTOP)
+        for feed in feeds:
+            feed.start([(0, 1)])
+        assert not list(feeds[0].ready()) and stager.alive
+        time.sleep(0.4)
+        for feed in feeds:
+            with pytest.raises(StagingLost, match="hangs"):
+                list(feed.ready())
+        assert not stager.alive
+        stager._process.wait(5)
+    finally:
+        for feed in feeds:
+            feed.close()
         stager.close()
 
 
@@ -143,16 +167,16 @@ def test_memory_that_runs_out_in_the_middle_leaves_no_row_behind() -> None:
 async def test_an_engine_whose_staging_process_is_killed(base: Path, adapter: Path) -> None:
     from tests.experts.test_expertweave import make_woven, started
 
-    def staging() -> list[psutil.Process]:
+    def stagers() -> list[psutil.Process]:
         below = psutil.Process().children(recursive=True)
         return [process for process in below if any(word.endswith("stage.py") for word in process.cmdline())]
 
     async with started(make_woven(base, max_adapters=2, esft={"experts_per_layer": EXPERTS})) as engine:
-        (idle,) = staging()
+        (idle,) = stagers()
         idle.kill()
         await engine.load("a@1", str(adapter))
         await engine.unload("a@1")
-        (busy,) = staging()
+        (busy,) = stagers()
         busy.suspend()
         loading = asyncio.create_task(engine.load("a@2", str(adapter)))
         await asyncio.sleep(0.5)
@@ -162,5 +186,5 @@ async def test_an_engine_whose_staging_process_is_killed(base: Path, adapter: Pa
         assert not engine.adapters()
         await engine.load("a@2", str(adapter))
         assert list(engine.adapters()) == ["a@2"]
-        left = staging()
+        left = stagers()
     assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
