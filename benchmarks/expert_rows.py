@@ -3,12 +3,12 @@
 Alignment against vLLM's `moe_align_block_size`, at the rows of the base and at those reserved for 20 adapters. Then the
 two products of a DeepSeek-V2-Lite layer (64 experts, top 6, 2048 x 1408), random weights and hidden states: vLLM's
 kernel on the base alone, its tokens on the base and on 20 adapters of 7 tuned experts each, whose rows are stored in
-full (vLLM's kernel and ours) or as 4-bit differences (ours). Tokens choose experts uniformly, or half of their picks
-among the experts that their adapter tuned. Every product is first compared with float64. Times are of one layer, of
+full (vLLM's kernel and ours) or as 4-bit differences (ours). Tokens choose experts uniformly, or a quarter of their
+picks among those that their adapter tuned. Every product is first compared with float64. Times are of one layer, of
 several in one CUDA graph; its weights do not fit the L2 cache.
 
     python -m benchmarks.expert_rows
-    python -m benchmarks.expert_rows --blocks    also other block sizes of our kernel, to choose from
+    python -m benchmarks.expert_rows --blocks    which block sizes are best instead (expert_rows_blocks.py)
     python -m benchmarks.expert_rows --dry       the references alone, on the CPU, no results written
 """
 
@@ -44,13 +44,6 @@ PROMPT = 1024  # from so many tokens on: a few requests, each with its adapter
 RESERVED = 64 + 20 * 13  # rows of the paper's slots
 LAYERS = 4  # of one graph
 WORST_ERROR = 2e-2  # bf16 outputs against float64
-OTHER_BLOCKS = {
-    8: [Blocks(16, 64, 128, 4, 5), Blocks(16, 32, 128, 4, 4)],
-    32: [Blocks(16, 64, 128, 4, 3), Blocks(16, 32, 128, 4, 4), Blocks(16, 64, 128, 4, 4, added=True)],
-    128: [Blocks(16, 64, 128, 4, 4), Blocks(32, 128, 128, 8, 3), Blocks(64, 64, 64, 4, 3)],
-    256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 128, 8, 3), Blocks(64, 128, 64, 8, 3)],
-    2048: [Blocks(128, 128, 64, 8, 3), Blocks(64, 128, 64, 8, 3, added=True)],
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def make_layer(shape: Shape, device: str, dtype: torch.dtype, draw: torch.Genera
 
 
 def picks_of(layer: Layer, tokens: int, use: str, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(experts, rows) int32 [T, K]: tokens of the base, of all adapters, or of those with their own experts first."""
+    """(experts, rows) int32 [T, K]: tokens of the base, of all adapters, or of those with their own more often."""
     shape, device = layer.shape, layer.table.device
     owners = torch.arange(tokens, dtype=torch.int32, device=device)
     owners = owners * min(4, shape.adapters) // tokens if tokens >= PROMPT else owners % shape.adapters
@@ -112,8 +105,10 @@ def picks_of(layer: Layer, tokens: int, use: str, draw: torch.Generator) -> tupl
     liking = torch.rand(tokens, shape.experts, generator=draw, device=device)
     if use == "skewed":
         own = layer.table[owners.long() + 1] >= shape.experts
-        chosen = (own * (1 + liking)).topk(shape.top_k // 2).indices
-        liking.scatter_(1, chosen, 2.0)
+        chosen = (own * (1 + liking)).topk((shape.top_k + 3) // 4).indices
+        number = torch.arange(tokens, device=device)[:, None] % 4 + shape.top_k  # of own ones, times four
+        wanted = torch.arange(chosen.shape[1], device=device) < number // 4
+        liking.scatter_(1, chosen, torch.where(wanted, 2.0, liking.gather(1, chosen)))
     experts = liking.topk(shape.top_k).indices.to(torch.int32)
     return experts, reroute(experts, owners, layer.table)
 
@@ -144,18 +139,20 @@ class Batch:
         return cls(x, y, weights, experts, rows)
 
 
-def ours(layer: Layer, batch: Batch, stored: str, blocks: tuple[Blocks, Blocks] | None = None) -> tuple[Product, str]:
-    """Our kernel on full rows or on differences, and its block sizes in words."""
-    shape, as_differences = layer.shape, stored == "differences"
-    tokens = len(batch.x)
+def ours(
+    layer: Layer, batch: Batch, stored: str, blocks: tuple[Blocks, Blocks] | None = None, align: bool = False
+) -> tuple[Product, str]:
+    """Our kernel on full rows or on differences, and its block sizes in words. `align`: each time, not once before."""
+    shape, as_differences, tokens = layer.shape, stored == "differences", len(batch.x)
     of_hidden, of_inner = blocks or tuple(blocks_of(tokens, k, as_differences) for k in (shape.hidden, shape.inner))
     gate_up, down, first, second = layer.gate_up, layer.down, None, None
     if as_differences:
         gate_up, down = gate_up[: shape.experts], down[: shape.experts]
         first, second = layer.gate_up_differences, layer.down_differences
-    alignment = align_picks(batch.rows, len(gate_up), of_hidden, first)
+    once = align_picks(batch.rows, len(gate_up), of_hidden, first)
 
     def product(up: Tensor, out: Tensor) -> None:
+        alignment = align_picks(batch.rows, len(gate_up), of_hidden, first) if align else once
         for x, full, y, of, weights, k, sizes in (
             (batch.x, gate_up, up, first, None, shape.top_k, of_hidden),
             (batch.y, down, out, second, batch.weights, 1, of_inner),
@@ -173,27 +170,35 @@ def ours(layer: Layer, batch: Batch, stored: str, blocks: tuple[Blocks, Blocks] 
                 usual_rows=shape.experts,
             )
 
-    return product, "x".join(str(part) for part in of_hidden[:-1]) + (", added" if of_hidden.added else "")
+    return product, in_words(of_hidden)
 
 
-def vllm_s(layer: Layer, batch: Batch, assigned: str) -> Product:
+def in_words(blocks: Blocks) -> str:
+    """m x n x k x warps x stages, and how differences are computed if not in the same blocks."""
+    sizes = "x".join(str(part) for part in blocks[:5])
+    apart = ", apart " + "x".join(str(part) for part in blocks.apart) if blocks.apart else ""
+    return sizes + (", added" if blocks.added else "") + apart
+
+
+def vllm_s(layer: Layer, batch: Batch, assigned: str, align: bool = False) -> Product:
     """vLLM's kernel, as its `fused_experts_impl` calls it: its own alignment of the experts, or ours of the rows."""
     import triton.language as tl
     from vllm.model_executor.layers.fused_moe import fused_moe
 
-    shape = layer.shape
-    tokens, top_k, count = len(batch.x), shape.top_k, shape.experts
+    tokens, top_k, count = len(batch.x), layer.shape.top_k, layer.shape.experts
     config: dict[str, Any] = fused_moe.try_get_optimal_moe_config(
         layer.gate_up[:count].shape, layer.down[:count].shape, top_k, None, tokens
     )
-    if assigned == "theirs":
-        sorted_ids, block_rows, padded = fused_moe._prepare_expert_assignment(
-            batch.experts, config, tokens, top_k, count, None
-        )
-    else:
-        sorted_ids, block_rows, padded = align_rows(batch.rows, config["BLOCK_SIZE_M"], len(layer.gate_up))
+
+    def assignment() -> Any:
+        if assigned == "theirs":
+            return fused_moe._prepare_expert_assignment(batch.experts, config, tokens, top_k, count, None)
+        return align_rows(batch.rows, config["BLOCK_SIZE_M"], len(layer.gate_up))
+
+    once = assignment()
 
     def product(up: Tensor, out: Tensor) -> None:
+        sorted_ids, block_rows, padded = assignment() if align else once
         for x, full, y, weighted, k in (
             (batch.x, layer.gate_up, up, False, top_k),
             (batch.y, layer.down, out, True, 1),
@@ -261,9 +266,7 @@ def weight_bytes(layer: Layer, rows: Tensor, stored: str) -> int:
     return len(torch.cat([used[used < count], bases]).unique()) * row + len(bases) * stored_row
 
 
-def product_case(
-    layer: Layer, tokens: int, use: str, other: bool, stock: dict[int, float], draw: torch.Generator
-) -> list[Row]:
+def product_case(layer: Layer, tokens: int, use: str, stock: dict[int, float], draw: torch.Generator) -> list[Row]:
     """All systems on one batch. `stock` keeps, by tokens, the time of vLLM on the base alone: what all is held to."""
     cuda = layer.table.is_cuda
     batch = Batch.of(layer, tokens, use, draw)
@@ -277,9 +280,6 @@ def product_case(
     for stored in ("full", "differences"):
         product, words = ours(layer, batch, stored)
         systems[f"ours, {stored} ({words})"] = (product, stored)
-    for blocks in OTHER_BLOCKS.get(tokens, []) if other and use != "skewed" else []:
-        product, words = ours(layer, batch, "differences", (blocks, blocks))
-        systems[f"ours, differences ({words})"] = (product, "differences")
     found: list[Row] = []
     wanted = {stored: reference(layer, batch, stored) for stored in ("full", "differences")}
     in_full: float | None = None
@@ -358,11 +358,16 @@ def same(alignment: Alignment, expected: Alignment, block: int) -> bool:
 
 def main(
     seconds: Annotated[float, typer.Option(help="no further case is begun after so long")] = 100.0,
-    blocks: Annotated[bool, typer.Option(help="also other block sizes of our kernel")] = False,
+    blocks: Annotated[bool, typer.Option(help="which block sizes are best instead")] = False,
     dry: Annotated[bool, typer.Option(help="small shapes on the CPU, no results written")] = False,
     out: Annotated[Path, typer.Option(help="folder of the results")] = ROOT / "benchmarks" / "results",
 ) -> None:
     """Measure; prints a table and writes results/expert_rows.json."""
+    if blocks:
+        from benchmarks.expert_rows_blocks import measure_blocks
+
+        measure_blocks(seconds, dry, out)
+        return
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     shape = DRY if dry else LITE
     draw = torch.Generator(device).manual_seed(0)
@@ -389,7 +394,7 @@ def main(
         stock: dict[int, float] = {}
         for tokens in (1, 8) if dry else TOKENS:
             for use in ("base", "uniform", "skewed"):
-                run(f"products of {tokens}, {use}", partial(product_case, layer, tokens, use, blocks, stock, draw))
+                run(f"products of {tokens}, {use}", partial(product_case, layer, tokens, use, stock, draw))
     print_table(rows, "expert rows: one layer's alignment and products")
 
 

@@ -74,22 +74,24 @@ class Aligned(NamedTuple):
     apart: Alignment | None = None
 
 
-def blocks_of(tokens: int, in_features: int, differences: bool) -> Blocks:
+def blocks_of(tokens: int, in_features: int, differences: bool, picks_per_row: float | None = None) -> Blocks:
     """Blocks for a step of so many tokens: bound by memory where they are few, by arithmetic where they are many.
 
-    With differences the tiles are narrower, so that their unpacking finds registers. Raises ValueError unless
-    `in_features` is a multiple of 16.
+    What counts is how many picks an expert of the base has on average, tokens * top_k / experts; without
+    `picks_per_row` they are 6 / 64 of the tokens, as of DeepSeek-V2-Lite. With differences the tiles are narrower, so
+    that their unpacking finds registers. Raises ValueError unless `in_features` is a multiple of 16.
     """
     if in_features % 16:
         raise ValueError(f"{in_features} input features: the kernel needs a multiple of 16")
-    if tokens <= 32:
+    picks = tokens * 6 / 64 if picks_per_row is None else picks_per_row
+    if picks <= 3:
         blocks = Blocks(16, 64, 128, 4, 4)
-    elif tokens <= 64 or (differences and tokens <= 128):
+    elif picks <= 6 or (differences and picks <= 12):
         blocks = Blocks(32, 64, 128, 4, 3)
-    elif tokens <= 96:
+    elif picks <= 9:
         blocks = Blocks(32, 128, 64, 4, 3)
-    elif tokens <= 512:
-        blocks = Blocks(64, 64, 64, 4, 3) if differences else Blocks(64, 128, 64, 4 if tokens <= 128 else 8, 3)
+    elif picks <= 48:
+        blocks = Blocks(64, 64, 64, 4, 3) if differences else Blocks(64, 128, 64, 4 if picks <= 12 else 8, 3)
     else:
         blocks = Blocks(128, 128, 64, 8, 3, added=differences)
     return blocks._replace(k=min(blocks.k, in_features & -in_features))
