@@ -74,6 +74,7 @@ class EsftServing(Strict):
     memory_gib: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="device memory kept for adapters' experts, GiB, over the replica's GPUs together, out of the "
         "expert's share; default: for 0.64 of those rows, what published adapters fill of their fullest layer's",
     )
@@ -236,8 +237,10 @@ class VllmExpert(LocalExpert):
     @model_validator(mode="before")
     @classmethod
     def _esft_defaults(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("esft") is None and "esft" in (data.get("adapter_kinds") or ()):
-            return {**data, "esft": {}}
+        if isinstance(data, dict) and data.get("esft") is None:
+            kinds = data.get("adapter_kinds")
+            if isinstance(kinds, list | tuple) and "esft" in kinds:
+                return {**data, "esft": {}}
         return data
 
     @model_validator(mode="after")

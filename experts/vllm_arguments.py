@@ -39,6 +39,8 @@ _OURS = {
     "enable_log_requests": "prompts do not belong in logs",
     "lora_target_modules": "an adapter would be served without the modules that it leaves out",
 }
+# What ExpertWeave is told by, and needs.
+_WOVEN = frozenset({"additional_config", "worker_extension_cls", "moe_backend"})
 
 
 def installed() -> bool:
@@ -67,8 +69,8 @@ def engine_argument_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def argument_problems(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(argument, what is wrong with it). Unknown names are found where vLLM is installed."""
+def argument_problems(arguments: Mapping[str, Any], *, esft: bool = False) -> list[tuple[str, str]]:
+    """(argument, what is wrong with it), `esft` adapters served or not. Unknown names are found where vLLM is there."""
     known = engine_argument_names()
     found = []
     for name in arguments:
@@ -76,6 +78,8 @@ def argument_problems(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append((name, f"is set by the expert's own field '{FIELDS[name]}'"))
         elif name in _OURS:
             found.append((name, f"is not for the configuration to set: {_OURS[name]}"))
+        elif esft and name in _WOVEN:
+            found.append((name, "is set for ESFT adapters (`esft`), which are not served with another value"))
         elif known and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             found.append((name, f"vLLM has no such argument; did you mean '{near[0]}'?"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,7 @@ def score_command(
     from signalbox.serving.training import Effort, base_of
 
     with _refusals():
+        _check_writable(out)
         recipe = _recipe(
             data=str(data),
             kind=kind,
@@ -97,6 +99,7 @@ def select_command(
     from signalbox.adapters.esft_select import select_experts, write_selection
 
     with _refusals():
+        _check_writable(out)
         recipe = _recipe(data=str(scores), score=score, threshold=threshold, normalise=normalise)
         file = read_scores(scores)
         chosen = select_experts(file.scores, recipe.score, recipe.threshold, recipe.normalise)
@@ -146,6 +149,7 @@ def train_command(
         raise typer.BadParameter("give --steps or --epochs, not both")
     length = {"steps": steps or 500} if epochs is None else {"steps": None, "epochs": epochs}
     with _refusals():
+        _check_writable(out, folder=True)
         recipe = _recipe(
             data=str(data),
             kind=kind,
@@ -184,6 +188,19 @@ def _recipe(**options: Any) -> EsftRecipe:
         raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def _check_writable(out: Path, *, folder: bool = False) -> None:
+    """Raises `TrainingError` where `out` cannot be written, before the work and not after it."""
+    from signalbox.adapters.train_data import TrainingError
+
+    if not folder and out.is_dir():
+        raise TrainingError(f"{out} is a folder; name a file")
+    above = out.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise TrainingError(f"{out} cannot be written: {above} is no folder that may be written to; name another")
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What a user can mend is said in a line, with exit code 2."""
@@ -195,7 +212,7 @@ def _refusals() -> Iterator[None]:
     with told():
         try:
             yield
-        except (TrainingError, AdapterError, ExpertError, ModelUnavailable) as error:
+        except (TrainingError, AdapterError, ExpertError, ModelUnavailable, OSError) as error:
             console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
             raise typer.Exit(2) from None
 

@@ -315,7 +315,7 @@ def _problems(config: Config) -> list[Problem]:
         if isinstance(expert, VllmExpert):
             found += [
                 Problem(("experts", name, "engine_args", key), text)
-                for key, text in argument_problems(expert.engine_args)
+                for key, text in argument_problems(expert.engine_args, esft="esft" in expert.adapter_kinds)
             ]
     found += _adapter_problems(config)
     found += _access_problems(config)

@@ -130,6 +130,18 @@ def test_what_cannot_be_done_is_said(base: Path, table: Path, scores: Path, tmp_
     assert "is there already" in said(run("train", "--base", base, *common, code=2))
 
 
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    base: Path, table: Path, scores: Path, tmp_path: Path
+) -> None:
+    nothing = ("--base", tmp_path / "none", "--data", tmp_path / "none.csv", *CPU)  # would be refused next
+    assert "is a folder; name a file" in said(run("score", *nothing, "--out", tmp_path, code=2))
+    assert "is a folder; name a file" in said(run("select", scores, "--out", tmp_path, code=2))
+    for command in (("score", *nothing), ("train", *nothing), ("select", scores)):
+        assert "cannot be written" in said(run(*command, "--out", table / "below" / "out", code=2))
+    told = said(run("select", scores, "--out", "/proc/none/out.json", code=2))
+    assert told.startswith("error:") and "/proc/none" in told
+
+
 def test_the_commands_are_explained() -> None:
     assert all(name in said(run("--help")) for name in ("score", "select", "train"))
     assert "--normalise" in said(run("train", "--help"))
