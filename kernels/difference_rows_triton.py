@@ -102,47 +102,6 @@ def added(weights, both, scale, shift, ASSEMBLY: tl.constexpr):
     return found
 
 
-@triton.jit
-def add_difference(
-    acc,
-    x_at,
-    hit,
-    packed,
-    scales,
-    variant,
-    n,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_PRODUCT: tl.constexpr,
-    STAGES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """acc [m, n] plus the products of the inputs at x_at [m, 1], where `hit`, with columns n of difference `variant`.
-
-    The scales multiply the product (SCALE_PRODUCT) or the weights, whichever are fewer.
-    """
-    j = tl.arange(0, GROUP)[None, :]
-    packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n[:, None] * (K // 2) + j
-    scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n
-    for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-        both = tl.load(packed_at + g // 2 * GROUP)
-        low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
-        high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
-        low_scale = tl.load(scales_at + g * N).to(tl.float32)
-        high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-        low, high = halves(both, x_at.dtype.element_ty, ASSEMBLY)
-        if SCALE_PRODUCT:
-            acc += tl.dot(low_x, tl.trans(low), input_precision="ieee") * low_scale[None, :]
-            acc += tl.dot(high_x, tl.trans(high), input_precision="ieee") * high_scale[None, :]
-        else:
-            low = (low.to(tl.float32) * low_scale[:, None]).to(x_at.dtype.element_ty)
-            high = (high.to(tl.float32) * high_scale[:, None]).to(x_at.dtype.element_ty)
-            acc = tl.dot(low_x, tl.trans(low), acc, input_precision="ieee")
-            acc = tl.dot(high_x, tl.trans(high), acc, input_precision="ieee")
-    return acc
-
-
 @triton.jit(do_not_specialize=["picks", "num_full"])
 def woven_product_kernel(
     x,
@@ -176,7 +135,8 @@ def woven_product_kernel(
 ):
     """out[p] = x[p // TOP_K] @ W(rows[p]).T over the blocks of an alignment; BLOCK_K divides K.
 
-    Without DIFFERENCES those that the picks of a block may have are left out.
+    Without DIFFERENCES those that the picks of a block may have are left out. A difference's scales multiply the
+    product (SCALE_PRODUCT) or the weights, whichever are fewer; its loop has STAGES.
     """
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -217,11 +177,26 @@ def woven_product_kernel(
                 ws = added(ws, both, tl.load(scales_at + g * N), g % 2 * 4, ASSEMBLY)
                 acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
         elif DIFFERENCES:
+            j = tl.arange(0, GROUP)[None, :]
             while variant < NONE:
                 hit = (variants == variant)[:, None]
-                acc = add_difference(
-                    acc, x_at, hit, packed, scales, variant, n_read, N, K, GROUP, SCALE_PRODUCT, STAGES, ASSEMBLY
-                )
+                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+                scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
+                for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
+                    both = tl.load(packed_at + g // 2 * GROUP)
+                    low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
+                    high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
+                    low_scale = tl.load(scales_at + g * N).to(tl.float32)
+                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
+                    low, high = halves(both, x.dtype.element_ty, ASSEMBLY)
+                    if SCALE_PRODUCT:
+                        acc += tl.dot(low_x, tl.trans(low), input_precision="ieee") * low_scale[None, :]
+                        acc += tl.dot(high_x, tl.trans(high), input_precision="ieee") * high_scale[None, :]
+                    else:
+                        low = (low.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
+                        high = (high.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
+                        acc = tl.dot(low_x, tl.trans(low), acc, input_precision="ieee")
+                        acc = tl.dot(high_x, tl.trans(high), acc, input_precision="ieee")
                 variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
         if WEIGHTED:
             acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
@@ -246,33 +221,46 @@ def difference_product_kernel(
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    SCALE_PRODUCT: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[p] += x[p // TOP_K] @ difference(p).T over the blocks of an alignment, each of picks of one difference."""
+    """out[p] += x[p // TOP_K] @ difference(p).T over the blocks of an alignment, each of picks of one difference.
+
+    Its product is turned, differences @ inputs.T: tensor cores take 8 picks so, and there are few of a difference.
+    """
     m = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, GROUP)[None, :]
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(padded) // BLOCK_M * n_blocks
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         block = tile // n_blocks
         n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        variant = tl.load(block_rows + block)
+        n_read = n % N
+        variant = tl.load(block_rows + block).to(tl.int64)
         pick = tl.load(sorted_ids + block * BLOCK_M + m)
         real = pick < picks
         x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = add_difference(
-            acc, x_at, real[:, None], packed, scales, variant, n % N, N, K, GROUP, SCALE_PRODUCT, STAGES, ASSEMBLY
-        )
+        packed_at = packed + variant * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+        scales_at = scales + variant * (N * (K // GROUP)) + n_read
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
+            both = tl.load(packed_at + g // 2 * GROUP)
+            low_x = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
+            high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=real[:, None], other=0.0)
+            low_scale = tl.load(scales_at + g * N).to(tl.float32)
+            high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
+            low, high = halves(both, x.dtype.element_ty, ASSEMBLY)
+            acc += tl.dot(low, tl.trans(low_x), input_precision="ieee") * low_scale[:, None]
+            acc += tl.dot(high, tl.trans(high_x), input_precision="ieee") * high_scale[:, None]
+        product = tl.trans(acc)
         if WEIGHTED:
-            acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
+            product *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
         out_at = out + pick.to(tl.int64)[:, None] * N + n[None, :]
         written = real[:, None] & (n < N)[None, :]
-        acc += tl.load(out_at, mask=written, other=0.0).to(tl.float32)
-        tl.store(out_at, acc.to(out.dtype.element_ty), mask=written)
+        product += tl.load(out_at, mask=written, other=0.0).to(tl.float32)
+        tl.store(out_at, product.to(out.dtype.element_ty), mask=written)
 
 
 def launch_of(blocks: Blocks, in_features: int, differences: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -299,7 +287,6 @@ def launch_apart(apart: Apart, in_features: int, dtype: torch.dtype) -> dict[str
     """The same of the second kernel."""
     return {
         "GROUP": group_of(in_features),
-        "SCALE_PRODUCT": apart.m <= 16,
         "STAGES": apart.stages,
         "ASSEMBLY": dtype == torch.bfloat16,
         "BLOCK_M": apart.m,

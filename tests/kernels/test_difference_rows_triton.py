@@ -17,7 +17,7 @@ from tests.kernels.test_difference_rows import by_hand, random_differences
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-APART = Blocks(64, 16, 32, 4, 3, apart=Apart(16, 32, 4, 3, 2))
+APART = Blocks(64, 16, 32, 4, 3, apart=Apart(8, 32, 4, 3, 2))
 here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in the interpreter's process")
 
 
@@ -51,7 +51,7 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("apart", [Apart(16, 64, 4, 4, 5), Apart(16, 128, 4, 4, 4)])
+@pytest.mark.parametrize("apart", [Apart(8, 64, 2, 4, 8), Apart(8, 128, 2, 4, 6), Apart(16, 128, 2, 3, 4)])
 def test_differences_apart_compile_for_hopper_without_a_gpu(apart: Apart) -> None:
     from signalbox.kernels.difference_rows_triton import difference_product_kernel, launch_apart
 
