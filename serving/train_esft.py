@@ -44,9 +44,9 @@ class EsftRecipe(TaskRecipe):
     normalise: Literal["layer", "none"] = Field("layer", description="layer: divide a layer's scores by their sum")
     samples: int = Field(32, gt=0, le=65_536, description="most samples that the experts are scored on")
     sample_length: int = Field(4096, gt=0, description="tokens of a sample")
-    rate: float = Field(1e-5, gt=0, description="highest learning rate")
+    rate: float = Field(1e-5, gt=0, allow_inf_nan=False, description="highest learning rate")
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate")
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     steps: int | None = Field(500, gt=0, description="None: as many as `epochs` are")
     longest: int = Field(4096, gt=8, description="rows of more tokens are left out")
 

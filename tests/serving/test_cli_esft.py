@@ -121,6 +121,8 @@ def test_what_cannot_be_done_is_said(base: Path, table: Path, scores: Path, tmp_
     assert "signalbox esft score" in told
     told = said(run("train", "--base", base, "--score", "weight", *common, code=2))
     assert "score: Input should be 'gate' or 'token'" in told
+    told = said(run("train", "--base", base, "--weight-decay", "inf", *common, code=2))
+    assert "weight_decay: Input should be a finite number" in told
     told = said(run("train", "--base", base, "--scores", scores, "--experts", scores, *common, code=2))
     assert "not both" in told
     assert "threshold" in said(run("select", scores, "--threshold", "0", code=2))
