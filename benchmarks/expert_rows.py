@@ -175,9 +175,8 @@ def ours(
 
 def in_words(blocks: Blocks) -> str:
     """m x n x k x warps x stages, and how differences are computed if not in the same blocks."""
-    sizes = "x".join(str(part) for part in blocks[:5])
-    apart = ", apart " + "x".join(str(part) for part in blocks.apart) if blocks.apart else ""
-    return sizes + (", added" if blocks.added else "") + apart
+    apart = ", apart " + "x".join(map(str, blocks.apart)) if blocks.apart else ""
+    return "x".join(map(str, blocks[:5])) + (", added" if blocks.added else "") + apart
 
 
 def vllm_s(layer: Layer, batch: Batch, assigned: str, align: bool = False) -> Product:
@@ -268,9 +267,8 @@ def weight_bytes(layer: Layer, rows: Tensor, stored: str) -> int:
 
 def product_case(layer: Layer, tokens: int, use: str, stock: dict[int, float], draw: torch.Generator) -> list[Row]:
     """All systems on one batch. `stock` keeps, by tokens, the time of vLLM on the base alone: what all is held to."""
-    cuda = layer.table.is_cuda
+    cuda, shape = layer.table.is_cuda, layer.shape
     batch = Batch.of(layer, tokens, use, draw)
-    shape = layer.shape
     like: dict[str, Any] = {"dtype": layer.down.dtype, "device": layer.table.device}
     outs = [torch.empty(batch.rows.numel(), width, **like) for width in (2 * shape.inner, shape.hidden)]
     systems: dict[str, tuple[Product, str]] = {}
@@ -280,7 +278,7 @@ def product_case(layer: Layer, tokens: int, use: str, stock: dict[int, float], d
     for stored in ("full", "differences"):
         product, words = ours(layer, batch, stored)
         systems[f"ours, {stored} ({words})"] = (product, stored)
-    found: list[Row] = []
+    found = list[Row]()
     wanted = {stored: reference(layer, batch, stored) for stored in ("full", "differences")}
     in_full: float | None = None
     for name, (product, stored) in systems.items():
@@ -315,8 +313,7 @@ def product_case(layer: Layer, tokens: int, use: str, stock: dict[int, float], d
 
 def align_case(tokens: int, num_rows: int, shape: Shape, device: str, draw: torch.Generator) -> list[Row]:
     """Our alignment and vLLM's of random picks over so many rows."""
-    cuda = device == "cuda"
-    block = blocks_of(tokens, 2048, False).m
+    cuda, block = device == "cuda", blocks_of(tokens, 2048, False).m
     rows = torch.randint(0, num_rows, (tokens, shape.top_k), generator=draw, device=device, dtype=torch.int32)
     systems: dict[str, Callable[[], Any]] = {}
     if cuda:

@@ -41,16 +41,18 @@ from benchmarks.report import Row, print_table, write_results
 from benchmarks.segmented_lora import captured, timed
 from signalbox.kernels.difference_rows import Apart, Blocks, Differences, align_picks, blocks_of, woven_product
 
-TOKENS = (256, 128, 512, 64)
+TOKENS = (256, 128, 64, 512, 32)
 USES = ("base", "uniform", "skewed")
 LAYERS = 3  # of one step
 TOGETHER = {
+    32: [Blocks(16, 128, 64, 4, 4)],
     64: [Blocks(16, 64, 128, 4, 4), Blocks(16, 128, 64, 4, 4)],
     128: [Blocks(16, 64, 128, 4, 4), Blocks(16, 128, 64, 4, 4)],
     256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3)],
     512: [Blocks(64, 128, 64, 8, 3)],
 }
 BASE = {
+    32: [Blocks(16, 64, 128, 4, 4)],
     64: [Blocks(16, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 3)],
     128: [Blocks(16, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)],
     256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 8, 3)],
@@ -65,7 +67,6 @@ APART = [
     Apart(16, 64, 2, 4, 6),
     Apart(16, 128, 2, 3, 4),
 ]
-OWN_TOKENS = (64, 128, 256, 512)  # for which `blocks_of` has blocks
 
 
 def both(blocks: Blocks, shape: Shape) -> tuple[Blocks, Blocks]:
@@ -106,12 +107,10 @@ def compile_ahead(blocks: Blocks, whole: bool) -> float:
 
 def compile_all(tokens: Sequence[int], seconds: float) -> None:
     """Compile what the candidates need, side by side. What fails here fails again, and is reported, where it is due."""
-    jobs = {(blocks, True) for t in tokens for blocks in BASE[t]} | {
-        (blocks, False) for t in tokens for blocks in TOGETHER[t]
-    }
+    jobs = {(blocks, True) for t in tokens for blocks in BASE[t]}
+    jobs |= {(blocks, False) for t in tokens for blocks in [*TOGETHER[t], blocks_of(t, LITE.hidden, True)]}
     jobs |= {(blocks._replace(apart=APART[0]), False) for t in tokens for blocks in BASE[t]}
     jobs |= {(BASE[tokens[0]][0]._replace(apart=apart), False) for apart in APART}
-    jobs |= {(blocks_of(t, LITE.hidden, True), False) for t in OWN_TOKENS}
     workers = min(12, os.cpu_count() or 1)
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:

@@ -326,8 +326,8 @@ def woven_product_triton(
     if not picks:
         return
     wide = min(len(together.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)
-    # What is not used is given something of its type.
-    stored = differences or Differences(rows, rows, rows)
+    # What is not used is given something; the same always, as kernels are compiled by their arguments' types.
+    stored = differences if differences and apart is None else Differences(rows, rows, rows)
     weights = rows if topk_weights is None else topk_weights
     constants = {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": topk_weights is not None}
     woven_product_kernel[(wide * triton.cdiv(features, blocks.n),)](
