@@ -75,25 +75,25 @@ def both(blocks: Blocks, shape: Shape) -> tuple[Blocks, Blocks]:
     return first, second
 
 
-def compile_ahead(blocks: Blocks, whole: bool) -> float:
+def compile_ahead(blocks: Blocks, whole: bool, device: str) -> float:
     """In another process: one small product as those to be measured, for the compiler's cache. Seconds taken."""
     began = time.monotonic()
     shape, reserved = LITE, LITE.adapters * LITE.tuned
-    rows = torch.zeros(4, shape.top_k, dtype=torch.int32, device="cuda")
-    base_of = torch.zeros(reserved, dtype=torch.int32, device="cuda")
+    rows = torch.zeros(4, shape.top_k, dtype=torch.int32, device=device)
+    base_of = torch.zeros(reserved, dtype=torch.int32, device=device)
     wide, narrow = both(blocks, shape)
     linears = ((2 * shape.inner, shape.hidden, shape.top_k, wide), (shape.hidden, shape.inner, 1, narrow))
     for features, inner, top_k, of in linears:
-        full = torch.zeros(1, features, inner, dtype=torch.bfloat16, device="cuda")
+        full = torch.zeros(1, features, inner, dtype=torch.bfloat16, device=device)
         full = full.expand(shape.experts + (reserved if whole else 0), -1, -1)  # as many rows, one in memory
-        packed = torch.zeros(1, features, inner // 2, dtype=torch.uint8, device="cuda")
-        scales = torch.zeros(1, inner // 64, features, dtype=torch.bfloat16, device="cuda")
+        packed = torch.zeros(1, features, inner // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(1, inner // 64, features, dtype=torch.bfloat16, device=device)
         differences = None if whole else Differences(packed, scales, base_of)
         woven_product(
-            torch.zeros(rows.numel() // top_k, inner, dtype=torch.bfloat16, device="cuda"),
+            torch.zeros(rows.numel() // top_k, inner, dtype=torch.bfloat16, device=device),
             full,
             rows,
-            torch.empty(rows.numel(), features, dtype=torch.bfloat16, device="cuda"),
+            torch.empty(rows.numel(), features, dtype=torch.bfloat16, device=device),
             align_picks(rows, len(full), of, differences),
             top_k=top_k,
             blocks=of,
@@ -101,11 +101,12 @@ def compile_ahead(blocks: Blocks, whole: bool) -> float:
             topk_weights=torch.ones_like(rows, dtype=torch.float32) if top_k == 1 else None,
             usual_rows=shape.experts,
         )
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.monotonic() - began
 
 
-def compile_all(tokens: Sequence[int], seconds: float) -> None:
+def compile_all(tokens: Sequence[int], seconds: float, device: str) -> None:
     """Compile what the candidates need, side by side. What fails here fails again, and is reported, where it is due."""
     jobs = {(blocks, True) for t in tokens for blocks in BASE[t]}
     jobs |= {(blocks, False) for t in tokens for blocks in [*TOGETHER[t], blocks_of(t, LITE.hidden, True)]}
@@ -114,8 +115,9 @@ def compile_all(tokens: Sequence[int], seconds: float) -> None:
     workers = min(12, os.cpu_count() or 1)
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = {pool.submit(compile_ahead, *job): job for job in sorted(jobs, key=str)}
-        attempt("vLLM", lambda: import_module("vllm.model_executor.layers.fused_moe.fused_moe"))  # takes long too
+        futures = {pool.submit(compile_ahead, *job, device): job for job in sorted(jobs, key=str)}
+        if device == "cuda":  # takes long too
+            attempt("vLLM", lambda: import_module("vllm.model_executor.layers.fused_moe.fused_moe"))
         for future in as_completed(futures, timeout=seconds):
             if error := future.exception():
                 print(f"compiling {in_words(futures[future][0])}: {type(error).__name__}: {error}"[:500], flush=True)
@@ -258,9 +260,8 @@ def measure_blocks(seconds: float, dry: bool, out: Path) -> None:
         print(f"time is up before {what}", flush=True)
         return False
 
-    if not dry:
-        compile_all(TOKENS, seconds / 2)
-        print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
+    compile_all(TOKENS[-1:] if dry else TOKENS, seconds / 2, device)
+    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     with torch.inference_mode():
         layers = [make_layer(DRY if dry else LITE, device, dtype, draw) for _ in range(1 if dry else LAYERS)]
         for tokens in TOKENS[-1:] if dry else TOKENS:
