@@ -28,7 +28,8 @@ LOWEST, HIGHEST = -8, 7
 class Differences(NamedTuple):
     """Stored differences, contiguous and on one device. Memory of rows that no pick names is never touched.
 
-    packed: uint8 [R, N, K / 2]; scales: bf16 [R, K / group, N]; base_of: int32 [R], the full row that each adds to.
+    packed: uint8 [R, N, K / 2], bytes of a row in the order of `difference_of`; scales: bf16 [R, K / group, N];
+    base_of: int32 [R], the full row that each adds to.
     """
 
     packed: Tensor
@@ -123,7 +124,8 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
 
     base, tuned: any float [..., N, K]. Each group of `group_of(K)` weights has the scale, of a few, whose error is
     least in squares. A byte holds column j of a block of two groups in its low half and column j + group in its high
-    half, each as the integer -8 to 7 plus 8; so a group is one half of neighbouring bytes. Raises ValueError where the
+    half, each as the integer -8 to 7 plus 8; so a group is one half of neighbouring bytes. The bytes are in the order
+    [K / (2 * group), N, group], so that a tile of many outputs is one piece of memory. Raises ValueError where the
     shapes differ, K is no multiple of 32 or a weight is not finite. GPUs are not waited for: there a group with such a
     weight gets no difference, so that it cannot spoil other adapters' picks of its block, and the caller has to check.
     """
@@ -150,13 +152,14 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("some weights are no finite numbers: check the adapter's files, or train it again")
     nibbles = (number - LOWEST).to(torch.uint8).unflatten(-2, (-1, 2))
     packed = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-    return packed.flatten(-2), scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
+    return packed.transpose(0, 1).reshape(len(base), -1), scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
 
 
 def unpack_difference(packed: Tensor, scales: Tensor) -> Tensor:
     """The differences themselves, float32 [..., N, K]. The kernel may round each once to the inputs' dtype."""
     group = packed.shape[-1] * 2 // scales.shape[-2]
-    halves = packed.unflatten(-1, (-1, group))
+    *rows, features, half = packed.shape
+    halves = packed.reshape(*rows, half // group, features, group).transpose(-3, -2)
     numbers = torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3, -2).float() + LOWEST
     return (numbers * scales.float().transpose(-1, -2)[..., None]).flatten(-2)
 

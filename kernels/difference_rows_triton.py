@@ -168,22 +168,22 @@ def woven_product_kernel(
             acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
         if ADDED:
             j = tl.arange(0, GROUP)[None, :]
-            packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+            packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * GROUP + j
             scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
             for g in tl.range(0, tl.where(variant < 0, 0, K // GROUP), num_stages=STAGES):
                 xs = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
                 ws = tl.load(full_at + (g * GROUP + j))
-                both = tl.load(packed_at + g // 2 * GROUP)
+                both = tl.load(packed_at + g // 2 * (N * GROUP))
                 ws = added(ws, both, tl.load(scales_at + g * N), g % 2 * 4, ASSEMBLY)
                 acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
         elif DIFFERENCES:
             j = tl.arange(0, GROUP)[None, :]
             while variant < NONE:
                 hit = (variants == variant)[:, None]
-                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * GROUP + j
                 scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
                 for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-                    both = tl.load(packed_at + g // 2 * GROUP)
+                    both = tl.load(packed_at + g // 2 * (N * GROUP))
                     low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
                     high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
                     low_scale = tl.load(scales_at + g * N).to(tl.float32)
@@ -242,11 +242,11 @@ def difference_product_kernel(
         pick = tl.load(sorted_ids + block * BLOCK_M + m)
         real = pick < picks
         x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
-        packed_at = packed + variant * (N * (K // 2)) + n_read[:, None] * (K // 2) + j
+        packed_at = packed + variant * (N * (K // 2)) + n_read[:, None] * GROUP + j
         scales_at = scales + variant * (N * (K // GROUP)) + n_read
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-            both = tl.load(packed_at + g // 2 * GROUP)
+            both = tl.load(packed_at + g // 2 * (N * GROUP))
             low_x = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
             high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=real[:, None], other=0.0)
             low_scale = tl.load(scales_at + g * N).to(tl.float32)
