@@ -236,7 +236,19 @@ def measure_tokens(cases: Cases, left: Callable[[str], bool]) -> None:
         for other in APART[1:]:
             candidate("differences", best._replace(apart=other))
         candidate("full", best)
+        align = partial(aligning, blocks=best)
+        attempt("alignment", lambda: cases.measure("alignment alone, apart", align, "none", ("base", "uniform")))
     cases.conclude()
+
+
+def aligning(layer: Layer, batch: Batch, blocks: Blocks) -> Product:
+    """Both alignments that differences apart need, and no product."""
+    blocks, stored = blocks._replace(apart=APART[0]), layer.gate_up_differences
+
+    def align(up: Tensor, out: Tensor) -> None:
+        align_picks(batch.rows, layer.shape.experts, blocks, stored)
+
+    return align
 
 
 def attempt(name: str, case: Callable[[], Any]) -> None:
