@@ -5,7 +5,8 @@ does in several layers, each with weights, differences and picks of its own: the
 CUDA graph. References: vLLM's kernel and alignment on the base alone, vLLM's kernel on rows stored in full. Candidates:
 rows in full by our kernel, differences in the base's blocks and in a launch of their own. The first of these are
 measured with one second launch, the best of them then with others. Each candidate's results are compared with float64
-at skewed use. Kernels are compiled ahead by other processes, as most of the time would be theirs.
+at skewed use, and those of the base with what they are alone, bit by bit. Kernels are compiled ahead by other
+processes, as most of the time would be theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -150,7 +152,7 @@ class Cases:
     ) -> None:
         """Check and time one system at these uses."""
         if "skewed" in uses:
-            self.check(name, product(self.layers[0], self.batches["skewed"][0]), stored)
+            self.check(name, product, stored)
         for use in uses:
             products = [product(layer, batch) for layer, batch in zip(self.layers, self.batches[use], strict=True)]
 
@@ -164,17 +166,28 @@ class Cases:
             case = f"{self.tokens} tokens, {use}: {name}"
             self.rows.append(Row(case, "a layer", value, "us", low, high, self.times.get("vLLM's, base", {}).get(use)))
 
-    def check(self, name: str, product: Product, stored: str) -> None:
-        """Compare with float64; raises ValueError where the results differ by more than rounding."""
+    def check(self, name: str, product: Callable[[Layer, Batch], Product], stored: str) -> None:
+        """Raises ValueError where results differ from float64's by more than rounding, or the base's by adapters."""
+        layer, batch = self.layers[0], self.batches["skewed"][0]
         if stored not in self.wanted:
-            self.wanted[stored] = reference(self.layers[0], self.batches["skewed"][0], stored)
+            self.wanted[stored] = reference(layer, batch, stored)
         for out in self.outs:
             out.fill_(float("nan"))
-        product(*self.outs)
+        product(layer, batch)(*self.outs)
+        worst = WORST_ERROR if self.cuda else 1e-5
         pairs = zip(self.outs, self.wanted[stored], strict=True)
         error = max(float((out.double() - want).norm() / want.norm()) for out, want in pairs)
-        if not error < (WORST_ERROR if self.cuda else 1e-5):
+        if not error < worst:
             raise ValueError(f"{name} is wrong: relative error {error:g}")
+        if stored != "differences":
+            return
+        of_base = (batch.rows < layer.shape.experts).flatten()
+        found = [out[of_base] for out in self.outs]
+        product(layer, replace(batch, rows=batch.experts))(*self.outs)
+        for out, before in zip(self.outs, found, strict=True):
+            apart = float((out[of_base].double() - before.double()).abs().max())
+            if apart > (0 if self.cuda else worst):  # the reference on a CPU rounds by how many rows there are
+                raise ValueError(f"{name} changes the base's results beside adapters' by up to {apart:g}")
 
     def conclude(self) -> None:
         """Rows that say which candidate with differences is best at each use and at all, and whether it is enough."""
