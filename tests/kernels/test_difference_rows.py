@@ -167,6 +167,15 @@ def test_products_are_what_they_are_by_hand(
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_follow_the_picks_of_a_row() -> None:
+    for tokens in (1, 32, 64, 128, 256, 512, 4096):
+        for differences in (False, True):
+            # 8 of 128 experts (Qwen3-MoE) are two thirds of DeepSeek-V2-Lite's 6 of 64.
+            same = blocks_of(9999, 2048, differences, picks_per_row=tokens * 1.5 * 8 / 128)
+            assert blocks_of(tokens, 2048, differences) == same
+    assert blocks_of(8, 48, True).k == 16 and blocks_of(512, 2048, False).m > blocks_of(8, 2048, False).m
+
+
 def test_a_variant_s_product_is_close_to_that_of_the_tuned_weights() -> None:
     draw = torch.Generator().manual_seed(0)
     full = torch.randn(2, 32, 256, generator=draw).to(torch.bfloat16)
