@@ -304,6 +304,7 @@ def align_apart_triton(
             OWN=OWN,
             CHUNK=FEW_CHUNK,
             num_warps=8,
+            maxnreg=128,  # two programs to a multiprocessor, so that those of both alignments run at a time
         )
     return together, by_themselves
 
