@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 BuildApp = Callable[[Config, str], "Application"]
 
 _EXPERTS_WAIT_S = 600.0  # for a model to load
+_LISTENERS_WAIT_S = 5.0
 _FAILED_WAIT_S = 20.0  # when every expert has failed: they try again by themselves, once or twice in this time
 _LAST_LINES = 15
 
@@ -263,9 +264,13 @@ class _Service:
     def _check_listeners(self) -> None:
         """Nothing of ours but the service itself may be reachable from outside, and the service must be ours."""
         server = self._config.server
-        found = local_ray.listeners()
-        if not any(port == server.port for _, port, _ in found):
-            raise StartError(f"another process took port {server.port} meanwhile")
+        deadline, found = time.monotonic() + _LISTENERS_WAIT_S, local_ray.listeners()
+        while not any(port == server.port for _, port, _ in found):
+            # HAProxy hands the port from process to process when Serve reloads it, and a look may miss both.
+            if time.monotonic() > deadline:
+                raise StartError(f"another process took port {server.port} meanwhile")
+            time.sleep(0.1)
+            found = local_ray.listeners()
         strays = [
             f"{process} on {address}:{port}"
             for address, port, process in found
