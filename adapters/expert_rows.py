@@ -7,18 +7,8 @@ does. ExpertWeave (arXiv 2508.17624, section 4.1) gives each adapter a range of 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# A digest reads so many pieces of so many bytes of each tensor.
-PIECES, PIECE = 16, 4096
+from collections.abc import Iterable
 
 
 class OutOfRows(RuntimeError):
@@ -41,7 +31,6 @@ class ExpertRows:
         self._holders: dict[int, int] = {}
         self._digests: dict[int, bytes] = {}
         self._alike: dict[bytes, list[int]] = {}
-        self._base_of: dict[int, int] = {}
 
     @property
     def free(self) -> int:
@@ -70,16 +59,10 @@ class ExpertRows:
             raise ValueError(f"row {row} is not held by an adapter")
         self._remember(row, digest)
 
-    def keep_base(self, row: int, digest: bytes) -> None:
-        """Let one of the base's rows be found. Raises ValueError for another."""
-        if not 0 <= row < self.experts:
-            raise ValueError(f"row {row} is not one of the base's {self.experts}")
-        self._remember(row, digest)
-
     def share(self, digest: bytes) -> int | None:
         """The lowest row kept with this digest, with one holder more if it is an adapter's; None where there is none.
 
-        The caller compares the contents (see `digest_of`), and gives the row back if they differ.
+        A digest may be of a sample: the caller compares the contents, and gives the row back if they differ.
         """
         alike = self._alike.get(digest)
         if not alike:
@@ -107,32 +90,11 @@ class ExpertRows:
             if not self._holders[row]:
                 del self._holders[row]
                 self._forget(row)
-                self._base_of.pop(row, None)
                 heapq.heappush(self._free, row)
                 freed.append(row)
         if self.end - 1 in freed:
             self.end = max(self._holders, default=self.experts - 1) + 1
         return sorted(freed)
-
-    def stand_in(self, row: int, base: int) -> None:
-        """A row that is held replaces this row of the base. Raises ValueError for rows that are not of these kinds."""
-        if row not in self._holders or not 0 <= base < self.experts:
-            raise ValueError(f"row {row} cannot stand in for row {base}: it must be held, the other one the base's")
-        self._base_of[row] = base
-
-    def rank_of_rows(self) -> np.ndarray:
-        """int32 [rows]: each row's place in an order where tuned rows stand right behind the base's row they replace.
-
-        So what is computed next to each other can share the base's weights in the cache. Held rows that stand in for
-        none follow, free ones are last; within each group rows ascend.
-        """
-        place = np.full(self.rows, self.experts + 1, np.int64)
-        place[: self.experts] = np.arange(self.experts)
-        for row in self._holders:
-            place[row] = self._base_of.get(row, self.experts)
-        rank = np.empty(self.rows, np.int32)
-        rank[np.argsort(place, kind="stable")] = np.arange(self.rows, dtype=np.int32)
-        return rank
 
     def _remember(self, row: int, digest: bytes) -> None:
         self._forget(row)
@@ -145,24 +107,3 @@ class ExpertRows:
             self._alike[digest].remove(row)
             if not self._alike[digest]:
                 del self._alike[digest]
-
-
-def digest_of(tensors: Sequence[Tensor]) -> bytes:
-    """16 bytes that equal contents have in common: of the types, the shapes and a sample, on any device.
-
-    The sample is all of a tensor of up to 64 KiB, else 16 evenly spaced pieces of 4 KiB, first and last bytes included:
-    hashing gigabytes whole would take longer than moving them. So equal digests only make equal contents likely, and
-    anyone can craft others: compare the contents in full before a row is shared.
-    """
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if content.numel() > PIECES * PIECE:
-            step = (content.numel() - PIECE) // (PIECES - 1)
-            most = content.as_strided((PIECES - 1, PIECE), (step, 1))
-            content = torch.cat([most.flatten(), content[-PIECE:]])
-        digest.update(content.cpu().numpy().data)
-    return digest.digest()

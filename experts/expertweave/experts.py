@@ -18,7 +18,6 @@ from signalbox.experts.expertweave.difference_store import DifferenceRows
 from signalbox.experts.expertweave.weave import Weave, WovenLayer
 from signalbox.kernels.align import align_rows
 from signalbox.kernels.difference_rows import align_picks, blocks_of, woven_product
-from signalbox.kernels.reroute import topk_reroute
 
 MANY_PICKS = 4096  # of a prompt: beyond them vLLM's alignment is the faster one
 FEW_PICKS = 4  # vLLM's margin: with so many times fewer picks than experts each pick is a block by itself
@@ -173,10 +172,9 @@ def warm_up(weave: Weave) -> None:
     if weave.device.type != "cuda":
         return
     layer = next(iter(weave.layers.values()))
-    store, experts = layer.store, len(layer.local)
+    store = layer.store
     for tokens in (1, 24, 48, 80, 112, 256, 600, 1200):
-        logits = torch.randn(tokens, experts, dtype=weave.dtype, device=weave.device)
-        _, rows = topk_reroute(logits, min(6, experts), weave.step.tokens, layer.table, renormalize=False)
+        rows = torch.zeros(tokens, weave.top_k, dtype=torch.int32, device=weave.device)
         for block in (16, 32, 64, 128):
             align_rows(rows, block, layer.total_rows)
         if isinstance(store, DifferenceRows):

@@ -1,7 +1,7 @@
 """Where the weights of a layer's experts are, base and tuned alike; here in whole rows.
 
 Each store takes one tuned expert at a time, as vLLM would lay it out (gate and up projection stacked, the shard of this
-rank), from a thread that loads, on that thread's stream.
+rank), on the stream of the load.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """One model's adapters inside a vLLM worker: their rows in every layer, the reroute tables, the step's index.
 
-Loading is done by threads beside running steps (`loading`); only the table's row of an adapter, which makes its experts
-reachable, changes between two steps. Source: ExpertWeave (arXiv 2508.17624), sections 4.1 and 4.2.
+Copies run beside steps (`loading`); the table's row of an adapter, which makes its experts reachable, changes between
+two steps. Source: ExpertWeave (arXiv 2508.17624), sections 4.1 and 4.2.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ class WovenLayer:
     """One mixture-of-experts layer: the base's experts and those of adapters as rows of the same tensors.
 
     rows: who holds which row. table: int32 [slots + 1, experts] on the device, the row of each expert; its first row is
-    the base's, row slot + 1 an adapter's. `store` keeps the weights, set once vLLM has made the base's. `lock` guards
-    `rows` and what is mapped.
+    the base's, row slot + 1 an adapter's. `store` keeps the weights, set once vLLM has made the base's.
     """
 
     def __init__(self, weave: Weave, number: int, experts: list[int]) -> None:
@@ -45,7 +43,6 @@ class WovenLayer:
         self.table: Tensor = torch.tensor(experts, dtype=torch.int32).repeat(settings.slots + 1, 1)
         self.table = self.table.contiguous().to(weave.device)
         self.store: Any = None
-        self.lock = threading.Lock()
 
     @property
     def rows_in_use(self) -> int:
@@ -62,13 +59,14 @@ class Weave:
     def __init__(self, settings: WeaveSettings, config: Any, device: torch.device, longest_step: int) -> None:
         self.settings, self.config, self.device = settings, config, device
         self.dtype: torch.dtype = config.model_config.dtype
+        self.top_k = int(config.model_config.hf_text_config.num_experts_per_tok)
         self.longest_captured = int(config.compilation_config.max_cudagraph_capture_size or 0)  # tokens
         self.layers: dict[int, WovenLayer] = {}
         self.shard = (0, 1)
         self.step = StepIndex(longest_step, device)
         self.pool = open_pool(device, None)
         self.kept_bytes: int | None = None  # device memory for adapters, once the model is ready; None: not counted
-        self._shape: BaseShape | None = None
+        self._expert_shape = (0, 0)  # (intermediate, hidden)
 
     def layer(self, number: int, experts: list[int], expert_shape: tuple[int, int]) -> WovenLayer:
         """Add a layer. `experts`: the local row of each routed expert, -1 for those of other ranks.
@@ -78,24 +76,23 @@ class Weave:
         if number in self.layers:
             raise CannotWeave(f"layer {number} has two groups of routed experts; ESFT adapters know one")
         woven = self.layers[number] = WovenLayer(self, number, experts)
-        intermediate, hidden = expert_shape
-        self._shape = BaseShape(
+        self._expert_shape = expert_shape
+        return woven
+
+    @property
+    def shape(self) -> BaseShape:
+        """What an adapter's folder is read against."""
+        intermediate, hidden = self._expert_shape
+        return BaseShape(
             model=str(self.config.model_config.model),
             linears={},
-            experts={index: len(layer.local) for index, layer in self.layers.items()},
+            experts={number: len(layer.local) for number, layer in self.layers.items()},
             expert_linears={
                 "gate_proj": (intermediate, hidden),
                 "up_proj": (intermediate, hidden),
                 "down_proj": (hidden, intermediate),
             },
         )
-        return woven
-
-    @property
-    def shape(self) -> BaseShape:
-        """What an adapter's folder is read against."""
-        assert self._shape is not None, "no layer was woven"
-        return self._shape
 
     def keep_memory(self, nbytes: int) -> None:
         """Take so many bytes of the device's memory for adapters, before the KV cache takes what is left.
@@ -140,7 +137,7 @@ class Weave:
 
 
 def wait_for_steps(device: torch.device) -> None:
-    """Until the device has done all steps that were begun; copies of loading threads run on."""
+    """Until the device has done all steps that were begun; copies of loads run on."""
     if device.type == "cuda":
         streams = {torch.cuda.current_stream(device), torch.cuda.default_stream(device)}
         for stream in streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,13 @@ def _woven() -> weave.Weave:
     return woven
 
 
-_loaders: dict[int, Loader] = {}  # of the current weave, by its identity
+@lru_cache(maxsize=1)
+def _loader_of(woven: weave.Weave) -> Loader:
+    return Loader(woven)
 
 
 def _loader() -> Loader:
-    woven = _woven()
-    found = _loaders.get(id(woven))
-    if found is None:
-        _loaders.clear()
-        found = _loaders[id(woven)] = Loader(woven)
-    return found
+    return _loader_of(_woven())
 
 
 _stagers: list[Stager] = []  # none or one; vLLM's worker has no place for it

@@ -131,7 +131,9 @@ class Given:
 
 def test_memory_that_runs_out_in_the_middle_leaves_no_row_behind() -> None:
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.float32, model="tiny"),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, model="tiny", hf_text_config=SimpleNamespace(num_experts_per_tok=2)
+        ),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=0),
     )
     weave = Weave(WeaveSettings(slots=2, experts_per_layer=4), config, torch.device("cpu"), 8)
