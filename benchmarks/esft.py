@@ -3,7 +3,8 @@
 A base of 25 million parameters (8 layers of 32 experts, 4 chosen; without a GPU 4 layers) learns general text from
 nothing. Then two tasks, whose labels it never saw, are learned by ESFT (by token ratio and by gate score), by all
 parameters, and by LoRA, in equal steps of equal batches. Each way gets its best learning rate of a few, by the
-validation loss of short runs on the first task. Reported: accuracy on rows held out, bits per byte of general text held out, what was trained and stored.
+validation loss of short runs on the first task. Reported: accuracy on rows held out, bits per byte of general text held
+out, what was trained and stored.
 
     python -m benchmarks.esft --data ../shared/data --out .run/bench_esft
     python -m benchmarks.esft --quick      a toy, on the CPU in two minutes; nothing is written to results
