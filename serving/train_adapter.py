@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +14,17 @@ from pydantic import Field
 
 from signalbox.experts.catalog import Strict
 from signalbox.serving.training import (
-    PLOT_FILE,
     Base,
     Effort,
     Task,
     TaskRecipe,
     Watcher,
     device_of,
+    finish,
     held_out_scores,
     load_base,
-    loss_svg,
-    machine,
     read_task,
-    training_facts,
-    versions,
-    write_report,
+    report_of,
 )
 
 if TYPE_CHECKING:
@@ -116,39 +112,22 @@ def train_adapter(base: Base, recipe: Recipe, out: Path, effort: Effort, watch: 
     nbytes = training.save(adapted, out)
     # What the service would say of it, now rather than when it is added.
     facts = validate(out, base_shape(base.folder), Limits((out.resolve(),), max_rank=max(64, options.rank)))
-    watch.said(
-        f"best validation loss {fitted.best:.4f} at step {fitted.kept} of {fitted.steps}, {fitted.seconds:.0f} s"
-    )
-    (out / PLOT_FILE).write_text(loss_svg(fitted))
     del adapted, model
-    report = {
-        "base": base.reference,
-        "data": task.facts(),
-        "recipe": recipe.model_dump(mode="json", exclude={"data"}),
-        "hyperparameters": asdict(options),
+    report = report_of(base, task, recipe, options, fitted) | {
         "search": trials,
-        "training": training_facts(fitted),
         "weights_bytes": nbytes,
         "content_hash": facts.content_hash,
         "parameters": facts.parameters,
-        "machine": machine(device),
-        "versions": versions(),
     }
-    write_report(out, report)  # before the scores, which may be interrupted
-    report["scores"] = _scores(base, out, recipe, task, device, effort, watch)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_report(out, report)
-    return report
+    return finish(out, report, fitted, watch, started, lambda: _scores(base, out, recipe, task, effort, watch))
 
 
-def _scores(
-    base: Base, folder: Path, recipe: Recipe, task: Task, device: Any, effort: Effort, watch: Watcher
-) -> dict[str, Any]:
+def _scores(base: Base, folder: Path, recipe: Recipe, task: Task, effort: Effort, watch: Watcher) -> dict[str, Any]:
     """Base and adapter, read back from its files, on held-out rows in float32."""
     import torch
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_base(base, device, torch.float32), str(folder)).eval()
+    model = PeftModel.from_pretrained(load_base(base, task.device, torch.float32), str(folder)).eval()
     states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "base": model.disable_adapter,
         "adapter": nullcontext,

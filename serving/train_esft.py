@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,21 +14,17 @@ from pydantic import Field
 
 from signalbox.experts.models import fingerprint
 from signalbox.serving.training import (
-    PLOT_FILE,
     Base,
     Effort,
     Task,
     TaskRecipe,
     Watcher,
     device_of,
+    finish,
     held_out_scores,
     load_base,
-    loss_svg,
-    machine,
     read_task,
-    training_facts,
-    versions,
-    write_report,
+    report_of,
 )
 
 if TYPE_CHECKING:
@@ -107,16 +103,8 @@ def train_esft(
     fitted = fit(model, task.train, task.validation, options, task.codec, partial(watch.trained, "training"))
     dtype = _stored_dtype(base)
     facts = write_esft(out, chosen, partial(tuned_weights, tuned), base_shape(base.folder), dtype=dtype)
-    watch.said(
-        f"best validation loss {fitted.best:.4f} at step {fitted.kept} of {fitted.steps}, {fitted.seconds:.0f} s"
-    )
-    (out / PLOT_FILE).write_text(loss_svg(fitted))
     del model, tuned
-    report = {
-        "base": base.reference,
-        "data": task.facts(),
-        "recipe": recipe.model_dump(mode="json", exclude={"data"}),
-        "hyperparameters": asdict(options),
+    report = report_of(base, task, recipe, options, fitted) | {
         "experts": {
             **how,
             "selected": selected,
@@ -124,20 +112,13 @@ def train_esft(
             "share": selected / routed,
             "layers": {str(layer): list(ids) for layer, ids in chosen.items()},
         },
-        "training": training_facts(fitted),
         "weights_bytes": facts.nbytes,
         "content_hash": facts.content_hash,
         "parameters": facts.parameters,
-        "machine": machine(device),
-        "versions": versions(),
     }
-    write_report(out, report)  # before the scores, which may be interrupted
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    report["scores"] = _scores(base, out, recipe, task, device, effort, watch)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_report(out, report)
-    return report
+    return finish(out, report, fitted, watch, started, lambda: _scores(base, out, recipe, task, effort, watch))
 
 
 def _selected(file: ScoreFile, recipe: EsftRecipe) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
@@ -194,9 +175,7 @@ def _load(base: Base, device: Any) -> Any:
     return load_base(base, device, torch.float32 if dtype == torch.float16 else dtype)
 
 
-def _scores(
-    base: Base, folder: Path, recipe: EsftRecipe, task: Task, device: Any, effort: Effort, watch: Watcher
-) -> dict[str, Any]:
+def _scores(base: Base, folder: Path, recipe: EsftRecipe, task: Task, effort: Effort, watch: Watcher) -> dict[str, Any]:
     """Base and adapter, read back from its files, on held-out rows in float32."""
     import torch
 
@@ -205,7 +184,7 @@ def _scores(
     from signalbox.adapters.esft_format import EsftAdapter
     from signalbox.adapters.esft_train import applied
 
-    model = load_base(base, device, torch.float32)
+    model = load_base(base, task.device, torch.float32)
     size = sum(file.stat().st_size for file in folder.iterdir())
     with EsftAdapter(folder, base_shape(base.folder), Limits((folder.resolve().parent,), max_bytes=size)) as adapter:
         states: dict[str, Callable[[], AbstractContextManager[Any]]] = {

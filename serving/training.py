@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import Field, field_validator
 from signalbox.experts.catalog import Strict
 
 if TYPE_CHECKING:
-    from signalbox.adapters.train import Fit, Moment
+    from signalbox.adapters.train import Fit, Moment, Optimisation
     from signalbox.adapters.train_data import Codec, Encoded, Split, TaskTable
 
 REPORT_FILE, PLOT_FILE = "training.json", "loss.svg"
@@ -121,6 +122,7 @@ class Task:
     longest: int
     train: list[Encoded]
     validation: list[Encoded]
+    device: Any  # torch.device of the run
 
     def facts(self) -> dict[str, Any]:
         """What a report says of it."""
@@ -160,7 +162,7 @@ def read_task(base: Base, recipe: TaskRecipe, effort: Effort, device: Any, watch
         f"{table.name}: {table.kind}, {len(parts.train)} rows to learn, {len(parts.validation)} to validate, "
         f"{len(parts.held_out)} held out; on {device}"
     )
-    return Task(table, parts, codec, longest, train, validation)
+    return Task(table, parts, codec, longest, train, validation, device)
 
 
 def codec_of(base: Base) -> Codec:
@@ -252,8 +254,40 @@ def held_out_scores(
     return results
 
 
-def training_facts(fitted: Fit) -> dict[str, Any]:
-    """What a report says of a run."""
+def report_of(base: Base, task: Task, recipe: TaskRecipe, options: Optimisation, fitted: Fit) -> dict[str, Any]:
+    """What `training.json` says whatever kind of adapter was trained; the kind's own facts are to be added."""
+    return {
+        "base": base.reference,
+        "data": task.facts(),
+        "recipe": recipe.model_dump(mode="json", exclude={"data"}),
+        "hyperparameters": asdict(options),
+        "training": _training_facts(fitted),
+        "machine": _machine(task.device),
+        "versions": _versions(),
+    }
+
+
+def finish(
+    folder: Path,
+    report: dict[str, Any],
+    fitted: Fit,
+    watch: Watcher,
+    started: float,
+    scores: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Write loss plot and report into an adapter's folder, then what `scores` finds. `started`: by perf_counter."""
+    watch.said(
+        f"best validation loss {fitted.best:.4f} at step {fitted.kept} of {fitted.steps}, {fitted.seconds:.0f} s"
+    )
+    (folder / PLOT_FILE).write_text(loss_svg(fitted))
+    _write_report(folder, report)  # before the scores, which may be interrupted
+    report["scores"] = scores()
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    _write_report(folder, report)
+    return report
+
+
+def _training_facts(fitted: Fit) -> dict[str, Any]:
     return {
         "steps": fitted.steps,
         "kept_step": fitted.kept,
@@ -264,8 +298,7 @@ def training_facts(fitted: Fit) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `training.json` into an adapter's folder."""
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
     # A history row a line: the file is read by people, and compared by git.
     history = report["training"]["history"]
     short = {**report, "training": {**report["training"], "history": "@history"}}
@@ -295,7 +328,7 @@ def loss_svg(fitted: Fit) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{body.removesuffix("</svg>")}{names}</svg>\n'
 
 
-def machine(device: Any) -> dict[str, Any]:
+def _machine(device: Any) -> dict[str, Any]:
     """What the run ran on."""
     import torch
 
@@ -308,7 +341,7 @@ def machine(device: Any) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Of the packages that bear on the result."""
     found = {}
     for package in PACKAGES:

@@ -90,7 +90,8 @@ def _on_cuda(vllm_class: type) -> type:
             down = _resize_cache(workspace2, (tokens, top_k, hidden))
             weighted = not apply_router_weight_on_input
             if isinstance(store, DifferenceRows):
-                wide, narrow = (blocks_of(tokens, inputs, True) for inputs in (hidden, activated.shape[1]))
+                crowd = topk_ids.numel() / store.base_rows
+                wide, narrow = (blocks_of(tokens, inputs, True, crowd) for inputs in (hidden, activated.shape[1]))
                 aligned = align_picks(topk_ids, store.base_rows, wide, store.differences13)
                 woven_product(
                     hidden_states,
@@ -182,7 +183,7 @@ def warm_up(weave: Weave) -> None:
                 (store.w13, store.differences13, rows.shape[1]),
                 (store.w2, store.differences2, 1),
             ):
-                blocks = blocks_of(tokens, full.shape[2], True)
+                blocks = blocks_of(tokens, full.shape[2], True, rows.numel() / store.base_rows)
                 x = torch.zeros(rows.numel() // top_k, full.shape[2], dtype=weave.dtype, device=weave.device)
                 out = torch.empty(rows.numel(), full.shape[1], dtype=weave.dtype, device=weave.device)
                 shares = torch.ones_like(rows, dtype=torch.float32) if top_k == 1 else None
