@@ -35,7 +35,6 @@ from benchmarks.esft_base import (
     Corpus,
     Size,
     general_rows,
-    keep_freed_memory,
     new_model,
     pretrain,
     read_corpus,
@@ -130,18 +129,17 @@ def main(
     tokenizer: Annotated[Path | None, typer.Option(help="folder of a tokenizer; else one is trained")] = None,
     base: Annotated[Path | None, typer.Option(help="folder of a base that an earlier run trained")] = None,
     results: Annotated[Path | None, typer.Option(help="folder for esft.json; default benchmarks/results")] = None,
-    steps: Annotated[int, typer.Option(help="of every way, on each task")] = 250,
-    seconds: Annotated[float | None, typer.Option(help="most of pretraining; default 70, on a CPU 2700")] = None,
+    steps: Annotated[int | None, typer.Option(help="of each way on each task; default 250, on a CPU 400")] = None,
+    seconds: Annotated[float | None, typer.Option(help="most of pretraining; default 70, on a CPU 2100")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     control: Annotated[bool, typer.Option(help="also train as many random experts (another 40 s on a GPU)")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="a toy, to see that all runs")] = False,
 ) -> None:
     """Pretrain, learn the tasks in every way, compare."""
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    keep_freed_memory()
     on_cpu = chosen.type == "cpu"
-    size = QUICK if quick else replace(ON_CPU if on_cpu else Size(), seconds=seconds or (2700.0 if on_cpu else 70.0))
-    steps, batch = (40, 8) if quick else (steps, 32 if on_cpu else 64)
+    size = QUICK if quick else replace(ON_CPU if on_cpu else Size(), seconds=seconds or (2100.0 if on_cpu else 70.0))
+    steps, batch = (40, 8) if quick else (steps or (400 if on_cpu else 250), 32 if on_cpu else 64)
     out.mkdir(parents=True, exist_ok=True)
     for folder in out.glob("*-esft"):
         shutil.rmtree(folder)
