@@ -123,11 +123,12 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
     """The difference tuned - base in 4 bits: packed uint8 [..., N, K / 2] and scales bf16 [..., K / group, N].
 
     base, tuned: any float [..., N, K]. Each group of `group_of(K)` weights has the scale, of a few, whose error is
-    least in squares. A byte holds column j of a block of two groups in its low half and column j + group in its high
-    half, each as the integer -8 to 7 plus 8; so a group is one half of neighbouring bytes. The bytes are in the order
-    [K / (2 * group), N, group], so that a tile of many outputs is one piece of memory. Raises ValueError where the
-    shapes differ, K is no multiple of 32 or a weight is not finite. GPUs are not waited for: there a group with such a
-    weight gets no difference, so that it cannot spoil other adapters' picks of its block, and the caller has to check.
+    least in squares. A byte holds column j of a group in its low half and column j + group / 2 in its high half, each
+    as the integer -8 to 7 plus 8. The bytes are in the order [K / (2 * group), N, group / 2, 2], so that a tile of many
+    outputs is one piece of memory, and two bytes are four columns of two groups: of two such words in a register one
+    shift and one mask make two weights. Raises ValueError where the shapes differ, K is no multiple of 32 or a weight
+    is not finite. GPUs are not waited for: there a group with such a weight gets no difference, so that it cannot spoil
+    other adapters' picks of its block, and the caller has to check.
     """
     if base.shape != tuned.shape:
         raise ValueError(f"base {list(base.shape)} and tuned {list(tuned.shape)} differ in shape")
@@ -150,17 +151,18 @@ def difference_of(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.where(better, rounded, number)
     if not best.is_cuda and not bool(best.isfinite().all()):
         raise ValueError("some weights are no finite numbers: check the adapter's files, or train it again")
-    nibbles = (number - LOWEST).to(torch.uint8).unflatten(-2, (-1, 2))
-    packed = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-    return packed.transpose(0, 1).reshape(len(base), -1), scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
+    nibbles = (number - LOWEST).to(torch.uint8).unflatten(-1, (2, -1))
+    pairs = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).unflatten(-2, (-1, 2))  # [N, K / (2 * group), 2, group / 2]
+    packed = pairs.permute(1, 0, 3, 2).reshape(len(base), -1)
+    return packed, scale.squeeze(-1).T.to(torch.bfloat16).contiguous()
 
 
 def unpack_difference(packed: Tensor, scales: Tensor) -> Tensor:
     """The differences themselves, float32 [..., N, K]. The kernel may round each once to the inputs' dtype."""
     group = packed.shape[-1] * 2 // scales.shape[-2]
     *rows, features, half = packed.shape
-    halves = packed.reshape(*rows, half // group, features, group).transpose(-3, -2)
-    numbers = torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3, -2).float() + LOWEST
+    pairs = packed.reshape(*rows, half // group, features, group // 2, 2).transpose(-4, -3).transpose(-2, -1)
+    numbers = torch.stack([pairs & 15, pairs >> 4], dim=-2).flatten(-2).flatten(-3, -2).float() + LOWEST
     return (numbers * scales.float().transpose(-1, -2)[..., None]).flatten(-2)
 
 

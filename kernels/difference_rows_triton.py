@@ -23,83 +23,110 @@ from signalbox.kernels.align import capacity
 from signalbox.kernels.difference_rows import Aligned, Apart, Blocks, Differences, group_of
 
 NONE = tl.constexpr(2**31 - 1)
-# The float32 2^23 + u has u in its lowest bits: a way from small integers to floats without the slow conversion.
-MAGIC = tl.constexpr(0x4B000000)
-MAGIC_AND_EIGHT = tl.constexpr(2.0**23 + 8)
-# The same for two bfloat16 in a register, 128 + u each, from the bytes of another, of which $4 has four: the bytes are
-# spread to 16 bits, the lower and the upper nibbles are put into the mantissas, 136 is taken off. Exact, and a third
-# of the instructions that the compiler makes of the way above.
+# Nibbles become floats without the slow conversion: as the lowest bits of the mantissa of a number whose unit that is.
+# What is too much, with the 8 that nibbles have more than their numbers, is taken off later, of fewer numbers.
+RAISED = tl.constexpr(128.0 + 8.0)
+MAGIC = tl.constexpr(0x4B000000)  # the float32 2^23
+ABOVE = tl.constexpr(2.0**23 - 128.0)
+# The same for two bfloat16 in a register, 128 + u each, from the nibbles of two 16-bit words: a shift and a mask.
 UNPACK_BF16 = tl.constexpr("""
 {
-    .reg .b32 a, b, c, one, less;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 less, 0xC308C308;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    lop3.b32 c, a, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, c, one, less;
-    lop3.b32 c, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $1, c, one, less;
-    shr.u32 a, a, 4;
-    shr.u32 b, b, 4;
-    lop3.b32 c, a, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $2, c, one, less;
-    lop3.b32 c, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $3, c, one, less;
+    .reg .b32 w;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 w, $4, 4;
+    lop3.b32 $1, w, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 w, $4, 8;
+    lop3.b32 $2, w, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 w, $4, 12;
+    lop3.b32 $3, w, 0x000F000F, 0x43004300, 0xEA;
 }
 """)
-
-# Four weights: the nibbles of $2's bytes, of each the one that lies $7 bits up, times the scales in $3 and $4, added to
-# the weights in $5 and $6 and rounded once.
+# Two weights: the nibbles of $1's words that lie $4 bits up, less RAISED, times the scales in $2, added to the weights
+# in $3 and rounded once.
 ADD_BF16 = tl.constexpr("""
 {
-    .reg .b32 w, a, b, one, less;
+    .reg .b32 w, one, less;
     mov.b32 one, 0x3F803F80;
     mov.b32 less, 0xC308C308;
-    shr.u32 w, $2, $7;
-    prmt.b32 a, w, 0, 0x4140;
-    prmt.b32 b, w, 0, 0x4342;
-    lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 a, a, one, less;
-    fma.rn.bf16x2 b, b, one, less;
-    fma.rn.bf16x2 $0, a, $3, $5;
-    fma.rn.bf16x2 $1, b, $4, $6;
+    shr.u32 w, $1, $4;
+    lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 w, w, one, less;
+    fma.rn.bf16x2 $0, w, $2, $3;
 }
 """)
 
 
 @triton.jit
-def signed(nibble):
-    """0 to 15 in uint8 as -8 to 7 in float32."""
-    return (nibble.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True) - MAGIC_AND_EIGHT
+def raised(words, shift):
+    """The nibbles of uint16 words that lie `shift` bits up, 0 to 15, as 128 to 143 in float32."""
+    return (((words.to(tl.int32) >> shift) & 15) | MAGIC).to(tl.float32, bitcast=True) - ABOVE
 
 
 @triton.jit
-def halves(both, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The low and the high nibbles of bytes as -8 to 7 in `dtype`; in ASSEMBLY, which is for bfloat16 alone."""
+def nibbles(words, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of words [n, h] their four nibbles as -8 to 7 in `dtype`, plus RAISED; in ASSEMBLY, which is for bfloat16 alone.
+
+    The first two are columns j and h + j of one group, the others of the next (`difference_of`).
+    """
     if ASSEMBLY:
-        low, high = tl.inline_asm_elementwise(
-            UNPACK_BF16, "=r,=r,=r,=r,r", [both], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        a, b, c, d = tl.inline_asm_elementwise(
+            UNPACK_BF16,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
         )
     else:
-        low = signed(both & 15).to(dtype)
-        high = signed(both >> 4).to(dtype)
-    return low, high
+        a = raised(words, 0).to(dtype)
+        b = raised(words, 4).to(dtype)
+        c = raised(words, 8).to(dtype)
+        d = raised(words, 12).to(dtype)
+    return a, b, c, d
 
 
 @triton.jit
-def added(weights, both, scale, shift, ASSEMBLY: tl.constexpr):
-    """weights [n, k] plus the nibbles of bytes [n, k] that lie `shift` bits up, times scale [n]."""
+def added(weights, words, scale, shift, ASSEMBLY: tl.constexpr):
+    """weights [n, k] plus the nibbles of words [n, k] that lie `shift` bits up, times scale [n]."""
     if ASSEMBLY:
-        args = [both, scale[:, None], weights, shift]
-        found = tl.inline_asm_elementwise(
-            ADD_BF16, "=r,=r,r,r,r,r,r,r,r,r,r", args, dtype=tl.bfloat16, is_pure=True, pack=4
-        )
+        args = [words, scale[:, None], weights, shift]
+        found = tl.inline_asm_elementwise(ADD_BF16, "=r,r,r,r,r,r", args, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        difference = signed((both.to(tl.int32) >> shift) & 15) * scale.to(tl.float32)[:, None]
+        difference = (raised(words, shift) - RAISED) * scale.to(tl.float32)[:, None]
         found = (weights.to(tl.float32) + difference).to(weights.dtype)
     return found
+
+
+@triton.jit
+def group_of_picks(x_at, mask):
+    """Inputs of a group's halves, [m, group / 2] each; x_at: pointers to the first half."""
+    half: tl.constexpr = x_at.shape[1]
+    return tl.load(x_at, mask=mask, other=0.0), tl.load(x_at + half, mask=mask, other=0.0)
+
+
+@triton.jit
+def plus_product(acc, x0, x1, w0, w1, TURNED: tl.constexpr):
+    """acc plus the product of inputs and weights of a group's halves: x @ w.T, or w @ x.T where it is TURNED."""
+    if x0.shape[1] < 16:  # too few for the tensor cores
+        x = tl.reshape(tl.join(x0, x1), (x0.shape[0], 2 * x0.shape[1]))
+        w = tl.reshape(tl.join(w0, w1), (w0.shape[0], 2 * w0.shape[1]))
+        if TURNED:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    elif TURNED:
+        acc = tl.dot(w0, tl.trans(x0), acc, input_precision="ieee")
+        acc = tl.dot(w1, tl.trans(x1), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x0, tl.trans(w0), acc, input_precision="ieee")
+        acc = tl.dot(x1, tl.trans(w1), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def too_much(x0, x1):
+    """What RAISED weights add to a group's product, float32 [m], negative."""
+    return (tl.sum(x0.to(tl.float32), axis=1) + tl.sum(x1.to(tl.float32), axis=1)) * -RAISED
 
 
 @triton.jit(do_not_specialize=["picks", "num_full"])
@@ -166,37 +193,42 @@ def woven_product_kernel(
             xs = tl.load(x_at + (k0 + k), mask=real[:, None], other=0.0)
             ws = tl.load(full_at + (k0 + k))
             acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
+        if DIFFERENCES:
+            j = tl.arange(0, GROUP // 2)[None, :]
         if ADDED:
-            j = tl.arange(0, GROUP)[None, :]
-            packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * GROUP + j
+            packed_at = packed + variant.to(tl.int64) * (N * (K // 4)) + n_read[:, None] * (GROUP // 2) + j
             scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
             for g in tl.range(0, tl.where(variant < 0, 0, K // GROUP), num_stages=STAGES):
-                xs = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
-                ws = tl.load(full_at + (g * GROUP + j))
-                both = tl.load(packed_at + g // 2 * (N * GROUP))
-                ws = added(ws, both, tl.load(scales_at + g * N), g % 2 * 4, ASSEMBLY)
-                acc = tl.dot(xs, tl.trans(ws), acc, input_precision="ieee")
+                x0, x1 = group_of_picks(x_at + (g * GROUP + j), real[:, None])
+                words = tl.load(packed_at + g // 2 * (N * (GROUP // 2)))
+                scale = tl.load(scales_at + g * N)
+                w0 = added(tl.load(full_at + (g * GROUP + j)), words, scale, g % 2 * 8, ASSEMBLY)
+                w1 = added(tl.load(full_at + (g * GROUP + GROUP // 2 + j)), words, scale, g % 2 * 8 + 4, ASSEMBLY)
+                acc = plus_product(acc, x0, x1, w0, w1, False)
         elif DIFFERENCES:
-            j = tl.arange(0, GROUP)[None, :]
             while variant < NONE:
                 hit = (variants == variant)[:, None]
-                packed_at = packed + variant.to(tl.int64) * (N * (K // 2)) + n_read[:, None] * GROUP + j
+                packed_at = packed + variant.to(tl.int64) * (N * (K // 4)) + n_read[:, None] * (GROUP // 2) + j
                 scales_at = scales + variant.to(tl.int64) * (N * (K // GROUP)) + n_read
                 for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-                    both = tl.load(packed_at + g // 2 * (N * GROUP))
-                    low_x = tl.load(x_at + (g * GROUP + j), mask=hit, other=0.0)
-                    high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=hit, other=0.0)
+                    words = tl.load(packed_at + g // 2 * (N * (GROUP // 2)))
+                    x0, x1 = group_of_picks(x_at + (g * GROUP + j), hit)
+                    x2, x3 = group_of_picks(x_at + (g * GROUP + GROUP + j), hit)
                     low_scale = tl.load(scales_at + g * N).to(tl.float32)
                     high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-                    low, high = halves(both, x.dtype.element_ty, ASSEMBLY)
+                    w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
+                    w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
                     if SCALE_PRODUCT:
-                        acc += tl.dot(low_x, tl.trans(low), input_precision="ieee") * low_scale[None, :]
-                        acc += tl.dot(high_x, tl.trans(high), input_precision="ieee") * high_scale[None, :]
+                        none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                        acc += plus_product(none, x0, x1, w0, w1, False) * low_scale[None, :]
+                        acc += plus_product(none, x2, x3, w2, w3, False) * high_scale[None, :]
                     else:
-                        low = (low.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
-                        high = (high.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
-                        acc = tl.dot(low_x, tl.trans(low), acc, input_precision="ieee")
-                        acc = tl.dot(high_x, tl.trans(high), acc, input_precision="ieee")
+                        w0 = (w0.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
+                        w1 = (w1.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
+                        w2 = (w2.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
+                        w3 = (w3.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
+                        acc = plus_product(acc, x0, x1, w0, w1, False)
+                        acc = plus_product(acc, x2, x3, w2, w3, False)
                 variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
         if WEIGHTED:
             acc *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
@@ -231,7 +263,7 @@ def difference_product_kernel(
     Its product is turned, differences @ inputs.T: tensor cores take 8 picks so, and there are few of a difference.
     """
     m = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, GROUP)[None, :]
+    j = tl.arange(0, GROUP // 2)[None, :]
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles = tl.load(padded) // BLOCK_M * n_blocks
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -242,18 +274,21 @@ def difference_product_kernel(
         pick = tl.load(sorted_ids + block * BLOCK_M + m)
         real = pick < picks
         x_at = x + (pick // TOP_K).to(tl.int64)[:, None] * x_row
-        packed_at = packed + variant * (N * (K // 2)) + n_read[:, None] * GROUP + j
+        packed_at = packed + variant * (N * (K // 4)) + n_read[:, None] * (GROUP // 2) + j
         scales_at = scales + variant * (N * (K // GROUP)) + n_read
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for g in tl.range(0, K // GROUP, 2, num_stages=STAGES):
-            both = tl.load(packed_at + g // 2 * (N * GROUP))
-            low_x = tl.load(x_at + (g * GROUP + j), mask=real[:, None], other=0.0)
-            high_x = tl.load(x_at + (g * GROUP + GROUP + j), mask=real[:, None], other=0.0)
+            words = tl.load(packed_at + g // 2 * (N * (GROUP // 2)))
+            x0, x1 = group_of_picks(x_at + (g * GROUP + j), real[:, None])
+            x2, x3 = group_of_picks(x_at + (g * GROUP + GROUP + j), real[:, None])
             low_scale = tl.load(scales_at + g * N).to(tl.float32)
             high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-            low, high = halves(both, x.dtype.element_ty, ASSEMBLY)
-            acc += tl.dot(low, tl.trans(low_x), input_precision="ieee") * low_scale[:, None]
-            acc += tl.dot(high, tl.trans(high_x), input_precision="ieee") * high_scale[:, None]
+            w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
+            none = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            low = plus_product(none + too_much(x0, x1)[None, :], x0, x1, w0, w1, True)
+            high = plus_product(none + too_much(x2, x3)[None, :], x2, x3, w2, w3, True)
+            acc += low * low_scale[:, None]
+            acc += high * high_scale[:, None]
         product = tl.trans(acc)
         if WEIGHTED:
             product *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
@@ -328,12 +363,13 @@ def woven_product_triton(
     wide = min(len(together.block_rows), capacity(picks, blocks.m, usual_rows or num_full) // blocks.m)
     # What is not used is given something; the same always, as kernels are compiled by their arguments' types.
     stored = differences if differences and apart is None else Differences(rows, rows, rows)
+    packed = rows if stored.packed is rows else stored.packed.view(torch.uint16)
     weights = rows if topk_weights is None else topk_weights
     constants = {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": topk_weights is not None}
     woven_product_kernel[(wide * triton.cdiv(features, blocks.n),)](
         x,
         full,
-        stored.packed,
+        packed,
         stored.scales,
         stored.base_of,
         rows,
@@ -352,7 +388,7 @@ def woven_product_triton(
     tiles = len(by_themselves.block_rows) * triton.cdiv(features, apart.n)
     difference_product_kernel[(min(tiles, apart.programs * multiprocessors(x.device)),)](
         x,
-        differences.packed,
+        differences.packed.view(torch.uint16),
         differences.scales,
         weights,
         out,

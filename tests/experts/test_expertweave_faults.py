@@ -167,7 +167,7 @@ def test_memory_that_runs_out_in_the_middle_leaves_no_row_behind() -> None:
 @pytest.mark.skipif(not installed(), reason="vLLM is not installed here: make test-vllm")
 @pytest.mark.timeout(300)
 async def test_an_engine_whose_staging_process_is_killed(base: Path, adapter: Path) -> None:
-    from tests.experts.test_expertweave import make_woven, started
+    from tests.experts.woven_engines import make_woven, started
 
     def stagers() -> list[psutil.Process]:
         below = psutil.Process().children(recursive=True)

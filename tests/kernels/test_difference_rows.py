@@ -62,13 +62,13 @@ def unpacked_by_hand(packed: Tensor, scales: Tensor) -> Tensor:
     n, half = packed.shape
     group = 2 * half // scales.shape[0]
     number = torch.zeros(n, 2 * half, dtype=torch.float64)
-    in_order = packed.flatten()
-    for byte in range(half):
-        block, j = divmod(byte, group)
-        of_all = in_order[block * n * group + j : (block + 1) * n * group : group].double()
-        low, high = block * 2 * group + j, block * 2 * group + group + j
-        number[:, low] = ((of_all % 16) - 8) * scales[low // group].double()
-        number[:, high] = (of_all.div(16).floor() - 8) * scales[high // group].double()
+    for place, byte in enumerate(packed.flatten().tolist()):
+        block, rest = divmod(place, n * group)
+        row, rest = divmod(rest, group)
+        j, second = divmod(rest, 2)
+        column = block * 2 * group + second * group + j
+        number[row, column] = (byte % 16 - 8) * scales[column // group, row].double()
+        number[row, column + group // 2] = (byte // 16 - 8) * scales[column // group, row].double()
     return number
 
 
