@@ -79,8 +79,8 @@ def blocks_of(tokens: int, in_features: int, differences: bool, picks_per_row: f
     """Blocks for a step of so many tokens: bound by memory where they are few, by arithmetic where they are many.
 
     What counts is how many picks an expert of the base has on average, tokens * top_k / experts; without
-    `picks_per_row` they are 6 / 64 of the tokens, as of DeepSeek-V2-Lite. With differences the tiles are narrower, so
-    that their unpacking finds registers. Raises ValueError unless `in_features` is a multiple of 16.
+    `picks_per_row` they are 6 / 64 of the tokens, as of DeepSeek-V2-Lite. With differences in them blocks are narrower,
+    so that the unpacking finds registers. Raises ValueError unless `in_features` is a multiple of 16.
     """
     if in_features % 16:
         raise ValueError(f"{in_features} input features: the kernel needs a multiple of 16")
@@ -92,7 +92,9 @@ def blocks_of(tokens: int, in_features: int, differences: bool, picks_per_row: f
     elif picks <= 9:
         blocks = Blocks(32, 128, 64, 4, 3)
     elif picks <= 48:
-        blocks = Blocks(64, 64, 64, 4, 3) if differences else Blocks(64, 128, 64, 4 if picks <= 12 else 8, 3)
+        blocks = Blocks(64, 128, 64, 4 if picks <= 12 else 8, 3)
+        if differences:  # by the instructions that a weight costs: 2.4 so, 4.5 in the base's blocks
+            blocks = blocks._replace(apart=Apart(16, 128, 2, 3, 4))
     else:
         blocks = Blocks(128, 128, 64, 8, 3, added=differences)
     return blocks._replace(k=min(blocks.k, in_features & -in_features))

@@ -284,11 +284,15 @@ def difference_product_kernel(
             low_scale = tl.load(scales_at + g * N).to(tl.float32)
             high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
             w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
-            none = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            low = plus_product(none + too_much(x0, x1)[None, :], x0, x1, w0, w1, True)
-            high = plus_product(none + too_much(x2, x3)[None, :], x2, x3, w2, w3, True)
-            acc += low * low_scale[:, None]
-            acc += high * high_scale[:, None]
+            low = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            high = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            if x.dtype.element_ty == tl.float32:  # whose digits the way below would cost
+                w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
+            else:
+                low += too_much(x0, x1)[None, :]
+                high += too_much(x2, x3)[None, :]
+            acc += plus_product(low, x0, x1, w0, w1, True) * low_scale[:, None]
+            acc += plus_product(high, x2, x3, w2, w3, True) * high_scale[:, None]
         product = tl.trans(acc)
         if WEIGHTED:
             product *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
