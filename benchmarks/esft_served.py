@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -53,11 +54,11 @@ def read_asked(folder: Path, rows: int | None) -> list[Asked]:
     return [each for _, each in sorted(asked, key=lambda pair: pair[0])]
 
 
-async def serve(folder: Path, asked: list[Asked], settings: dict[str, Any]) -> tuple[list[str], float]:
-    """What the engine answers to each, and the seconds that it took for all."""
+async def serve(folder: Path, asked: list[Asked], rows: str, settings: dict[str, Any]) -> tuple[list[str], float]:
+    """What the engine answers to each, and the seconds that it took for all. `rows`: how it stores those of adapters."""
     tasks = sorted({each.task for each in asked})
     fixed = {"engine": "vllm", "model": str(folder / "base"), "max_running": RUNNING, "max_waiting": len(asked)}
-    fixed |= {"max_adapters": len(tasks), "adapter_kinds": ["esft"], "esft": {"experts_per_layer": 32}}
+    fixed |= {"max_adapters": len(tasks), "adapter_kinds": ["esft"], "esft": {"experts_per_layer": 32, "rows": rows}}
     engine = build_engine("esft", VllmExpert.model_validate(fixed | settings))
     await engine.start()
     try:
@@ -81,9 +82,9 @@ async def answer(engine: Any, number: int, asked: Asked) -> str:
     return "".join([chunk.text async for chunk in engine.generate(request)]).strip()
 
 
-def rows_of(asked: list[Asked], said: list[str], seconds: float) -> list[Row]:
+def rows_of(asked: list[Asked], rows: str, said: list[str], seconds: float) -> list[Row]:
     """Scores of each task with and without its adapter, served and alone, and how many answers are the same."""
-    found = [Row("all rows in one mixed batch", "requests a second", len(asked) / seconds, "1/s")]
+    found = [Row(f"{rows}, all rows in one mixed batch", "requests a second", len(asked) / seconds, "1/s")]
     for task in sorted({each.task for each in asked}):
         for adapted in (False, True):
             pairs = [(e, s) for e, s in zip(asked, said, strict=True) if (e.task, e.adapted) == (task, adapted)]
@@ -92,10 +93,13 @@ def rows_of(asked: list[Asked], said: list[str], seconds: float) -> list[Row]:
                 sum(is_correct(text, each.reference, "exact") for each, text in texts) / len(pairs)
                 for texts in (pairs, [(each, each.alone) for each, _ in pairs])
             )
-            case = f"{task}, {'adapter' if adapted else 'base'}, {len(pairs)} rows"
-            goal = "as the model alone"
-            found.append(Row(case, "accuracy", served, "", reference=alone, goal=goal, met=served == alone))
-            found.append(Row(case, "same answers", same, "", reference=1.0, goal="all", met=same == 1.0))
+            case = f"{rows}, {task}, {'adapter' if adapted else 'base'}, {len(pairs)} rows"
+            score = Row(case, "accuracy", served, "", reference=alone)
+            answers = Row(case, "same answers", same, "", reference=1.0)
+            if rows == "full" or not adapted:
+                score = replace(score, goal="as the model alone", met=served == alone)
+                answers = replace(answers, goal="all", met=same == 1.0)
+            found += [score, answers]
     return found
 
 
@@ -111,8 +115,9 @@ def main(
     """Serve and compare; prints a table, and writes esft_served.json."""
     asked = read_asked(folder, rows)
     settings = {"dtype": dtype, "gpus": gpus, "enforce_eager": not gpus}
-    said, seconds = asyncio.run(serve(folder, asked, settings))
-    found = rows_of(asked, said, seconds)
+    found = []
+    for stored in ("full", "difference4"):
+        found += rows_of(asked, stored, *asyncio.run(serve(folder, asked, stored, settings)))
     if out is not None:
         write_results("esft_served", "python -m benchmarks.esft_served", found, out)
     print_table(found, "ESFT adapters served together, against each model alone")
