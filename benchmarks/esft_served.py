@@ -55,7 +55,7 @@ def read_asked(folder: Path, rows: int | None) -> list[Asked]:
 
 
 async def serve(folder: Path, asked: list[Asked], rows: str, settings: dict[str, Any]) -> tuple[list[str], float]:
-    """What the engine answers to each, and the seconds that it took for all. `rows`: how it stores those of adapters."""
+    """What the engine answers to each, and the seconds for all; `rows`: how it stores those of adapters."""
     tasks = sorted({each.task for each in asked})
     fixed = {"engine": "vllm", "model": str(folder / "base"), "max_running": RUNNING, "max_waiting": len(asked)}
     fixed |= {"max_adapters": len(tasks), "adapter_kinds": ["esft"], "esft": {"experts_per_layer": 32, "rows": rows}}
