@@ -54,6 +54,8 @@ def test_the_registry_is_killed_during_switches(service: AdapterService) -> None
     service.until("switch")
     texts = [service.says("switch")]
     with Truth(service) as truth, Traffic(service, "switch") as traffic:
+        while not traffic.answers:  # of the version before the first update
+            time.sleep(0.01)
         for round, delay_s in enumerate((0.0, 0.05, 0.15), 1):
             registry = service.registry()
             reply = service.add("switch", 10 + round)
