@@ -39,20 +39,20 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: 
     pointers |= {"x_row": "i64", "full_row": "i64"}
     for features, inner, top_k in ((2816, 2048, 6), (2048, 1408, 1)):
         blocks = blocks_of(tokens, inner, differences)
-        differences = differences and not blocks.apart  # else those are the second kernel's
-        launch = launch_of(blocks, inner, differences, torch.bfloat16)
+        inside = differences and not blocks.apart  # else they are the second kernel's
+        launch = launch_of(blocks, inner, inside, torch.bfloat16)
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
         constants = launch | {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": top_k == 1}
         ptx, usage = compile_for_hopper(woven_product_kernel, pointers, constants, **options)
         # Both loops take their weights by asynchronous copies, and at least two programs fit onto a multiprocessor.
-        assert ptx.count("cp.async.wait_group") >= 2 * (1 + differences)
+        assert ptx.count("cp.async.wait_group") >= 2 * (1 + inside)
         assert usage["REG"] * 32 * blocks.warps * 2 <= 65536 and 2 * (usage["shared"] + 1024) <= 227 * 1024
         assert usage["STACK"] <= 96  # bytes a thread, of which the widest tiles spill some
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("apart", [Apart(8, 64, 2, 4, 8), Apart(8, 128, 2, 4, 6), Apart(16, 128, 2, 3, 4)])
+@pytest.mark.parametrize("apart", [Apart(8, 64, 2, 4, 8), Apart(8, 128, 2, 4, 5), Apart(16, 128, 2, 3, 4)])
 def test_differences_apart_compile_for_hopper_without_a_gpu(apart: Apart) -> None:
     from signalbox.kernels.difference_rows_triton import difference_product_kernel, launch_apart
 
@@ -63,7 +63,7 @@ def test_differences_apart_compile_for_hopper_without_a_gpu(apart: Apart) -> Non
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
         constants = launch | {"N": features, "K": inner, "TOP_K": top_k, "WEIGHTED": top_k == 1}
         ptx, usage = compile_for_hopper(difference_product_kernel, pointers, constants, **options)
-        assert ptx.count("cp.async.wait_group") >= 2 and usage["STACK"] <= 64  # bytes a thread, none in the loop
+        assert ptx.count("cp.async.wait_group") >= 2 and usage["STACK"] <= 32
         # As many programs as the launch counts on fit onto a multiprocessor.
         assert usage["REG"] * 32 * apart.warps * apart.programs <= 65536
         assert apart.programs * (usage["shared"] + 1024) <= 227 * 1024
