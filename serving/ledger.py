@@ -167,29 +167,31 @@ class Ledger:
         clock = asyncio.get_running_loop().time
         deadline, pause = clock() + wait_s, POLL_S[0]
         failing_since: float | None = None
-        while True:
-            try:
-                obstacle = await self._take(id, accounts, most)
-            except StoreUnavailable as error:
-                failing_since = failing_since or clock()
-                if self._lost or clock() - failing_since >= LOSS_S:
-                    self._go_on_without(accounts, error)
-                    return False
-                # A moment without a free connection must not let one request too many through.
-                await asyncio.sleep(POLL_S[1])
-                continue
-            self._lost, failing_since = False, None
-            if obstacle is None:
-                return True
-            left = deadline - clock()
-            if obstacle[0] != "held" or left <= 0 or self._waiting >= MAX_WAITING:
-                raise refusal(obstacle, accounts, most)
-            self._waiting += 1
-            try:
+        waits = False
+        try:
+            while True:
+                try:
+                    obstacle = await self._take(id, accounts, most)
+                except StoreUnavailable as error:
+                    failing_since = failing_since or clock()
+                    if self._lost or clock() - failing_since >= LOSS_S:
+                        self._go_on_without(accounts, error)
+                        return False
+                    # A moment without a free connection must not let one request too many through.
+                    await asyncio.sleep(POLL_S[1])
+                    continue
+                self._lost, failing_since = False, None
+                if obstacle is None:
+                    return True
+                left = deadline - clock()
+                if obstacle[0] != "held" or left <= 0 or not (waits or self._waiting < MAX_WAITING):
+                    raise refusal(obstacle, accounts, most)
+                if not waits:  # from now on also while it asks: a newcomer must not take its room
+                    waits, self._waiting = True, self._waiting + 1
                 await asyncio.sleep(min(left, pause * random.uniform(0.7, 1.3)))
-            finally:
-                self._waiting -= 1
-            pause = min(pause * 1.5, POLL_S[1])
+                pause = min(pause * 1.5, POLL_S[1])
+        finally:
+            self._waiting -= waits
 
     async def _take(
         self, id: str, accounts: Sequence[Account], most: Charge, *, unasked: bool = False

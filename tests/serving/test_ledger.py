@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from signalbox.serving import ledger as ledger_module
 from signalbox.serving.embedded_valkey import EmbeddedValkey
 from signalbox.serving.ledger import BudgetSpent, Ledger, LedgerLost, RateLimited, Reservation, TooManyInFlight
 from signalbox.serving.store import PREFIX, Store
+from tests.ports import free_port
 from tests.serving.ledger_clock import ClockedStore
 
 NOON_US = 1_800_014_400_000_000  # a noon in UTC
@@ -162,7 +162,9 @@ async def test_waiting_ends(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> 
         await ledger.reserve([gold], Charge(0.5), "waits", wait_s=0.1)
     monkeypatch.setattr(ledger_module, "MAX_WAITING", 1)
     waiting = asyncio.create_task(ledger.reserve([gold], Charge(0.5), "waits", wait_s=30))
-    await asyncio.sleep(0.1)
+    while not ledger._waiting:
+        assert not waiting.done()
+        await asyncio.sleep(0.01)
     with pytest.raises(BudgetSpent):  # no room to wait
         await ledger.reserve([gold], Charge(0.5), "another", wait_s=30)
     await holds.cancel()
@@ -442,12 +444,6 @@ async def test_what_is_sent_is_noted_in_the_background(url: str, ledger: Ledger)
 
 
 # -- the store gone --------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def test_without_the_store_the_policy_says_whether_to_serve(
