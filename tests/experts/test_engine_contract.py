@@ -76,7 +76,7 @@ def of_vllm(folder: Path) -> bool:
 def make(name: str, folder: Path, **changes: object) -> Any:
     """An engine for the model in a folder, not started."""
     if folder.name.startswith("simulated"):
-        speed = {"prefill_tokens_per_s": 100_000.0, "step_ms": 2.0, "step_ms_per_request": 0.2}
+        speed = {"prefill_tokens_per_s": 100_000.0, "step_ms": 8.0, "step_ms_per_request": 0.2}
         stated = {"engine": "simulated", "max_running": 4, "context_length": 512, "bytes_per_token": 2.0} | speed
         return build_engine(name, SimulatedExpert.model_validate(stated | changes))
     settings: dict[str, object] = {"model": str(folder), "dtype": "float32", "max_running": 4}
@@ -277,7 +277,8 @@ async def test_closing_the_stream_frees_the_row_at_once(engine: Any) -> None:
 async def test_a_cancelled_task_frees_its_row(engine: Any) -> None:
     task = asyncio.create_task(collect(engine, ask(max_tokens=400, ignore_eos=True)))
     while not engine.state().running:
-        await asyncio.sleep(0.005)
+        assert not task.done()
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -290,7 +291,8 @@ async def test_queue_is_bounded(folder: Path) -> None:
     await engine.start()
     try:
         tasks = [asyncio.create_task(collect(engine, ask(max_tokens=100, ignore_eos=True))) for _ in range(3)]
-        await asyncio.sleep(0.02)
+        while engine.state().running + engine.state().waiting < 3:
+            await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="full"):
             await collect(engine, ask())
         assert all(len(tokens_of(chunks)) == 100 for chunks in await asyncio.gather(*tasks))

@@ -70,16 +70,18 @@ def test_a_killed_staging_process_is_told_as_such(base: Path, adapter: Path, ans
 
 
 def test_a_staging_process_that_hangs_is_given_up(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "STALL_S", 0.2)
     stager = Stager(PLACE, pinned=False)
     feeds = [feed_of(adapter, base, stager) for _ in range(2)]
     try:
+        monkeypatch.setattr(staging, "STALL_S", 0.2)
         time.sleep(0.4)
         assert not list(feeds[0].ready()) and stager.alive  # idle is not hanging
+        monkeypatch.setattr(staging, "STALL_S", 60.0)
         stager._process.send_signal(signal.SIGSTOP)
         for feed in feeds:
             feed.start([(0, 1)])
         assert not list(feeds[0].ready()) and stager.alive
+        monkeypatch.setattr(staging, "STALL_S", 0.2)
         time.sleep(0.4)
         for feed in feeds:
             with pytest.raises(StagingLost, match="hangs"):

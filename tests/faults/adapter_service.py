@@ -62,6 +62,10 @@ class AdapterService(RunningService):
         reply = self.client.get(f"/v1/adapters/{name}")
         return reply.json() if reply.status_code == 200 else {"phase": "gone"}
 
+    def listed(self, name: str) -> dict[str, Any]:
+        """The adapter's record among all."""
+        return {record["name"]: record for record in self.client.get("/v1/adapters").json()["data"]}[name]
+
     def until(
         self, name: str, *, version: int | None = None, phase: str = "ready", within_s: float = RECONCILED_S
     ) -> float:
@@ -127,7 +131,7 @@ class Truth:
         self.checks, self.phases, self.lies = 0, set[str](), list[str]()
         self.last: dict[str, dict[str, Any]] = {}
         self._service = service
-        self._stop = threading.Event()
+        self._stop, self._asking = threading.Event(), threading.Lock()
         raylet = " ".join(service.pids("raylet")[0].cmdline())
         address = re.search(r"--gcs-address=([\d.:]+)", raylet)
         folder = re.search(r"/tmp/sbx-\w+", raylet)
@@ -142,7 +146,9 @@ class Truth:
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> Truth:
-        self.probe()
+        deadline = time.monotonic() + RECONCILED_S
+        while not self.probe():
+            assert time.monotonic() < deadline, "the prober reaches no replica"
         self._thread.start()
         return self
 
@@ -160,12 +166,13 @@ class Truth:
     def probe(self) -> dict[str, dict[str, Any]]:
         """What each replica says now, by its id."""
         assert self._prober.stdin and self._prober.stdout
-        self._prober.stdin.write("\n")
-        self._prober.stdin.flush()
-        line = self._prober.stdout.readline()
-        assert line, "the prober has ended"
-        self.last = {report["replica_id"]: report for report in orjson.loads(line)}
-        return self.last
+        with self._asking:
+            self._prober.stdin.write("\n")
+            self._prober.stdin.flush()
+            line = self._prober.stdout.readline()
+            assert line, "the prober has ended"
+            self.last = {report["replica_id"]: report for report in orjson.loads(line)}
+            return self.last
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -201,7 +208,10 @@ def _lies(before: dict[str, Any], record: dict[str, Any], after: dict[str, Any])
             told = {f"{name}@{number}": phase for number, phase in said["holds"].items()}
             if told != {v: SAID[state] for v, state in held[0].items()}:
                 yield f"{replica} is said to hold {told}, and holds {held[0]}"
-    if record["phase"] == "ready" and not any(
-        r["adapters"].get(version, {}).get("state") == "ready" for r in (*before.values(), *after.values())
+    reached = before or after  # or both probes came too late
+    if (
+        record["phase"] == "ready"
+        and reached
+        and not any(r["adapters"].get(version, {}).get("state") == "ready" for r in (*before.values(), *after.values()))
     ):
         yield f"{version} is said to be ready, and nobody holds it"

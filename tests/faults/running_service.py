@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 import redis
+
+from tests.ports import free_port
 
 START_LIMIT_S = 180
 
@@ -33,9 +34,7 @@ class RunningService:
         self, root: Path, configuration: str, *, server: str = "", environment: Mapping[str, str] | None = None
     ) -> None:
         self.root = root
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         config = root / "service.yaml"
         config.write_text(f"server: {{port: {port}{', ' if server else ''}{server}}}\n{configuration}")
@@ -51,7 +50,7 @@ class RunningService:
         while f"Signalbox is ready at {self.url}" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=180)
 
     def stop(self) -> None:
         self.client.close()

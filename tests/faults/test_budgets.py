@@ -45,7 +45,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         f"dtype: float32, kv_cache_mib: 64, max_running: {MAX_RUNNING}, price: {{input: 1, output: 2}}}}\n"
         f"  slow: {{engine: simulated, prefill_tokens_per_s: 100000, step_ms: {1000 * SECONDS_A_TOKEN}, "
         "price: {input: 1, output: 2}, routable: false}\n"
-        "  paced: {engine: simulated, prefill_tokens_per_s: 100000, step_ms: 20, max_running: 16, routable: false}\n"
+        "  paced: {engine: simulated, prefill_tokens_per_s: 100000, step_ms: 60, max_running: 16, routable: false}\n"
         "policies:\n"
         f"  exact: {{budget: {{requests: {N}, window: 30d}}, fallback: 0}}\n"
         "  metered: {budget: {tokens: 1000000, usd: 1000, window: 30d}}\n"
@@ -251,7 +251,7 @@ async def test_n_requests_are_charged_while_a_replica_is_killed(service: Running
         With both replicas halted and everything read that they had sent, more streams under way than one of them runs
         are streams of both.
         """
-        if tally.begun <= MAX_RUNNING:
+        if not tally.begun:
             return False
         replicas = service.replicas("expert-tiny")
         for replica in replicas:
@@ -265,6 +265,7 @@ async def test_n_requests_are_charged_while_a_replica_is_killed(service: Running
             replicas.pop().kill()
         for replica in replicas:
             replica.resume()
+        await asyncio.sleep(0.1)  # too short for an answer, so that nobody falls behind by one
         return of_both
 
     tally = await storm(service, "replica", "tiny", hurt, streams=CLIENTS)
@@ -287,7 +288,8 @@ async def test_n_requests_are_charged_while_a_gateway_is_killed(service: Running
 async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> None:
     """To the end, cut by the client, and cut by the death of the gateway: within one message of what came."""
     await until_gateways(service)
-    received = dict.fromkeys(METERS, 0)
+    received, unread = dict.fromkeys(METERS, 0), dict.fromkeys(METERS, 0)
+    first: dict[str, float] = {}
     ended: dict[str, str] = {}
     prompt_tokens = 0
 
@@ -303,8 +305,11 @@ async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> 
                         assert event["usage"]["completion_tokens"] == received[key]
                     elif event["choices"][0]["text"]:
                         received[key] += 1
+                        first.setdefault(key, time.monotonic())
                         if received[key] == until:
-                            ended[key] = "left"
+                            ended[key] = "left"  # and what came while this process slept counts as sent
+                            due = 1 + int((time.monotonic() - first[key]) / SECONDS_A_TOKEN)
+                            unread[key] = max(0, due - until)
                             return
                 ended[key] = "complete"
             except (EOFError, httpx.HTTPError):
@@ -339,6 +344,7 @@ async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> 
             if ended[key] == "complete":
                 assert charged == received[key]
             else:
-                assert abs(charged - received[key]) <= 1, (key, ended[key], charged, received[key])
+                most = received[key] + 1 + unread[key]
+                assert received[key] - 1 <= charged <= most, (key, ended[key], charged, received[key])
             cost = 1e-6 * (prompt_tokens + 2 * charged)
             assert said["usd"]["spent"] == pytest.approx(cost, rel=1e-9)

@@ -149,8 +149,10 @@ async def test_what_cannot_be_collected_says_so(engines: dict[str, Engine]) -> N
 
 async def test_cancelling_ends_it(engines: dict[str, Engine]) -> None:
     many = arithmetic_texts(400)
-    task = asyncio.create_task(collect({"one": engines["one"]}, many, concurrency=4))
-    await asyncio.sleep(0.2)
+    begun = asyncio.Event()
+    told = lambda _, done, *__: done and begun.set()  # noqa: E731
+    task = asyncio.create_task(collect({"one": engines["one"]}, many, concurrency=4, report=told))
+    await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

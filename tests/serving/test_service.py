@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,8 @@ import httpx
 import openai
 import psutil
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = {"smollm2", "gemma", "smollm2:banking", "smollm2:clinc", "smollm2:gsm8k"}
@@ -46,9 +47,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("service")
     output, artifact = folder / "output.txt", folder / "router"
     artifact.symlink_to(ROOT / "routers" / "quickstart")

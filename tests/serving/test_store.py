@@ -19,6 +19,7 @@ import redis
 
 from signalbox.serving.embedded_valkey import EmbeddedValkey, ValkeyError
 from signalbox.serving.store import PREFIX, Store, StoreUnavailable, redact
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,6 @@ async def store(url: str) -> AsyncIterator[Store]:
     store = Store(url)
     yield store
     await store.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def test_values(store: Store, url: str) -> None:

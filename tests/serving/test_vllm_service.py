@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import yaml
 
 from signalbox.experts.vllm_arguments import installed
+from tests.ports import free_port
 from tests.tiny_models import save_tiny
 
 pytestmark = [
@@ -68,9 +68,7 @@ class Running:
 def serving(folder: Path, config: dict[str, Any]) -> Iterator[Running]:
     """`signalbox serve` with a configuration, ready; afterwards no process of it is left."""
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     output = folder / "output.txt"
     with output.open("wb") as sink:
         process = subprocess.Popen(
