@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,8 +68,6 @@ class Tally:
     other: dict[str, int] = field(default_factory=dict)  # refusals and failures
     most_on_the_books: int = 0
     spent: bool = False
-    begun: int = 0  # streams that have begun and not ended
-    events: int = 0  # of all streams
 
     def count(self, what: str) -> None:
         self.other[what] = self.other.get(what, 0) + 1
@@ -112,16 +111,12 @@ async def ask(client: httpx.AsyncClient, key: str, model: str, stream: bool, tal
         begun, usage = False, None
         try:
             async for event in events(reply):
-                tally.begun += not begun
-                tally.events += 1
                 begun = True
                 usage = event.get("usage") or usage
         except (EOFError, httpx.HTTPError):
             tally.cut += begun
             tally.count("cut")
             return
-        finally:
-            tally.begun -= begun
         assert usage is not None
         tally.complete += 1
         tally.tokens += usage["total_tokens"]
@@ -208,11 +203,16 @@ async def storm(
     return tally
 
 
-def streaming_gateway(service: RunningService, streams: int) -> psutil.Process | None:
-    """The gateway that has noted the most streams as begun, where these are so many at least."""
+def noted_streams(service: RunningService) -> dict[tuple[int, bytes], bytes]:
+    """What was sent of each stream that has begun and not ended, as gateways note it, by (gateway's pid, id)."""
     with service.store() as store:
         keys = [key.decode() for key in store.scan_iter(f"{PREFIX}ledger:sent:*")]
-        count, pid = max(((store.hlen(key), int(key.split("-")[1])) for key in keys), default=(0, 0))
+        return {(int(key.split("-")[1]), id): sent for key in keys for id, sent in store.hgetall(key).items()}
+
+
+def streaming_gateway(service: RunningService, streams: int) -> psutil.Process | None:
+    """The gateway that has noted the most streams as begun, where these are so many at least."""
+    ((pid, count),) = Counter(pid for pid, _ in noted_streams(service)).most_common(1) or [(0, 0)]
     return next((p for p in service.replicas("gateway") if p.pid == pid), None) if count >= streams else None
 
 
@@ -246,26 +246,24 @@ async def test_n_requests_are_charged_while_a_replica_is_killed(service: Running
     await until_gateways(service)
 
     async def hurt(tally: Tally) -> bool:
-        """Kills a replica in the middle of a stream, and one that clients have seen all of so far.
+        """Kills a replica in the middle of streams that the gateways have passed all of so far.
 
-        With both replicas halted and everything read that they had sent, more streams under way than one of them runs
-        are streams of both.
+        With both replicas halted and everything passed on, more streams under way than one of them runs are of both.
         """
-        if not tally.begun:
+        if len(noted_streams(service)) <= MAX_RUNNING:
             return False
         replicas = service.replicas("expert-tiny")
         for replica in replicas:
             replica.suspend()
-        read = -1
-        while read < tally.events:
-            read = tally.events
+        before, under_way = None, noted_streams(service)
+        while before != under_way:
             await asyncio.sleep(0.5)
-        of_both = tally.begun > MAX_RUNNING
+            before, under_way = under_way, noted_streams(service)
+        of_both = len(under_way) > MAX_RUNNING
         if of_both:
             replicas.pop().kill()
         for replica in replicas:
             replica.resume()
-        await asyncio.sleep(0.1)  # too short for an answer, so that nobody falls behind by one
         return of_both
 
     tally = await storm(service, "replica", "tiny", hurt, streams=CLIENTS)
