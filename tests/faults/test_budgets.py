@@ -14,6 +14,7 @@ import httpx
 import orjson
 import psutil
 import pytest
+import redis
 
 from signalbox.serving.store import PREFIX
 from tests.faults.running_service import RunningService
@@ -56,6 +57,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     running = RunningService(root, configuration, server="gateways: 2", environment=environment)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def store(service: RunningService) -> Iterator[redis.Redis]:
+    with service.store() as store:  # to find it takes too long to be done while clients wait
+        yield store
 
 
 @dataclass
@@ -203,16 +210,15 @@ async def storm(
     return tally
 
 
-def noted_streams(service: RunningService) -> dict[tuple[int, bytes], bytes]:
+def noted_streams(store: redis.Redis) -> dict[tuple[int, bytes], bytes]:
     """What was sent of each stream that has begun and not ended, as gateways note it, by (gateway's pid, id)."""
-    with service.store() as store:
-        keys = [key.decode() for key in store.scan_iter(f"{PREFIX}ledger:sent:*")]
-        return {(int(key.split("-")[1]), id): sent for key in keys for id, sent in store.hgetall(key).items()}
+    keys = [key.decode() for key in store.scan_iter(f"{PREFIX}ledger:sent:*")]
+    return {(int(key.split("-")[1]), id): sent for key in keys for id, sent in store.hgetall(key).items()}
 
 
-def streaming_gateway(service: RunningService, streams: int) -> psutil.Process | None:
+def streaming_gateway(service: RunningService, store: redis.Redis, streams: int) -> psutil.Process | None:
     """The gateway that has noted the most streams as begun, where these are so many at least."""
-    ((pid, count),) = Counter(pid for pid, _ in noted_streams(service)).most_common(1) or [(0, 0)]
+    ((pid, count),) = Counter(pid for pid, _ in noted_streams(store)).most_common(1) or [(0, 0)]
     return next((p for p in service.replicas("gateway") if p.pid == pid), None) if count >= streams else None
 
 
@@ -242,7 +248,7 @@ async def test_n_requests_are_charged(service: RunningService) -> None:
     )  # answers cost double
 
 
-async def test_n_requests_are_charged_while_a_replica_is_killed(service: RunningService) -> None:
+async def test_n_requests_are_charged_while_a_replica_is_killed(service: RunningService, store: redis.Redis) -> None:
     await until_gateways(service)
 
     async def hurt(tally: Tally) -> bool:
@@ -250,15 +256,15 @@ async def test_n_requests_are_charged_while_a_replica_is_killed(service: Running
 
         With both replicas halted and everything passed on, more streams under way than one of them runs are of both.
         """
-        if len(noted_streams(service)) <= MAX_RUNNING:
+        if len(noted_streams(store)) <= MAX_RUNNING:
             return False
         replicas = service.replicas("expert-tiny")
         for replica in replicas:
             replica.suspend()
-        before, under_way = None, noted_streams(service)
+        before, under_way = None, noted_streams(store)
         while before != under_way:
             await asyncio.sleep(0.5)
-            before, under_way = under_way, noted_streams(service)
+            before, under_way = under_way, noted_streams(store)
         of_both = len(under_way) > MAX_RUNNING
         if of_both:
             replicas.pop().kill()
@@ -270,11 +276,11 @@ async def test_n_requests_are_charged_while_a_replica_is_killed(service: Running
     assert tally.cut, tally
 
 
-async def test_n_requests_are_charged_while_a_gateway_is_killed(service: RunningService) -> None:
+async def test_n_requests_are_charged_while_a_gateway_is_killed(service: RunningService, store: redis.Redis) -> None:
     await until_gateways(service)
 
     async def hurt(tally: Tally) -> bool:
-        victim = streaming_gateway(service, 3) if tally.complete >= 4 else None
+        victim = streaming_gateway(service, store, 3) if tally.complete >= 4 else None
         if victim is not None:
             victim.kill()
         return victim is not None
@@ -283,7 +289,7 @@ async def test_n_requests_are_charged_while_a_gateway_is_killed(service: Running
     assert tally.cut, tally
 
 
-async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> None:
+async def test_streams_are_charged_by_what_was_sent(service: RunningService, store: redis.Redis) -> None:
     """To the end, cut by the client, and cut by the death of the gateway: within one message of what came."""
     await until_gateways(service)
     received, unread = dict.fromkeys(METERS, 0), dict.fromkeys(METERS, 0)
@@ -326,7 +332,7 @@ async def test_streams_are_charged_by_what_was_sent(service: RunningService) -> 
         while max(received[key] for key in METERS[2:]) == newest:
             await asyncio.sleep(0.01)
         await asyncio.sleep(SECONDS_A_TOKEN / 2)  # between two tokens, when what was sent has been noted
-        victim = streaming_gateway(service, 1)
+        victim = streaming_gateway(service, store, 1)
         assert victim is not None
         victim.kill()
         await asyncio.wait(tasks)
