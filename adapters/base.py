@@ -6,6 +6,7 @@ any engine is touched, and what is wrong becomes an `AdapterError` that names th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +65,11 @@ class Limits:
     max_bytes: int = 8 << 30
     max_rank: int = 64
     kinds: tuple[Kind, ...] = ("lora", "esft")
+
+    @classmethod
+    def of_any_size(cls, root: Path, *, max_rank: int = 64) -> Limits:
+        """For what was validated under the operator's limits before, and for who checks files of his own."""
+        return cls(roots=(root,), max_bytes=sys.maxsize, max_rank=max_rank)
 
 
 @dataclass(slots=True, frozen=True)

@@ -64,7 +64,7 @@ def _build(folder: Path) -> Any:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        except Exception as error:  # transformers raises anything for a config.json that makes no sense
             raise AdapterError(
                 f"the shape of the base model in {folder} cannot be told: {str(error)[:300]}", code="unknown_base"
             ) from error

@@ -202,6 +202,13 @@ def write_scores(path: Path, file: ScoreFile) -> None:
     partial.replace(path)
 
 
+def layer_number(text: str) -> int:
+    """The layer that a file means. Raises ValueError for other spellings, which could name a layer twice."""
+    if not re.fullmatch(r"0|[1-9]\d{0,4}", text, re.ASCII):
+        raise ValueError(f"{text[:20]!r} is no number of a layer")
+    return int(text)
+
+
 def read_scores(path: Path) -> ScoreFile:
     """Read what `write_scores` wrote. Raises `TrainingError` that says what is wrong with the file."""
     try:
@@ -210,19 +217,19 @@ def read_scores(path: Path) -> ScoreFile:
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror}; make it with: signalbox esft score") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{path} is no JSON: {error}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise TrainingError(f"{path} is no file of expert scores ({FORMAT}); make one with: signalbox esft score")
     try:
-        layers = {int(layer): (found["gate"], found["token"]) for layer, found in raw["layers"].items()}
+        layers = {layer_number(layer): (found["gate"], found["token"]) for layer, found in raw["layers"].items()}
         order = sorted(layers)
         tables = [torch.tensor([layers[layer][part] for layer in order], dtype=torch.float64) for part in (0, 1)]
         scores = ExpertScores(
             tuple(order), tables[0], tables[1], int(raw["top_k"]), int(raw["samples"]), int(raw["tokens"])
         )
         file = ScoreFile(scores, str(raw["base"]), str(raw["fingerprint"]), dict(raw["data"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TrainingError(f"{path} is damaged ({error!r}); make it again with: signalbox esft score") from None
     if any(table.ndim != 2 or not table.numel() for table in tables) or tables[0].shape != tables[1].shape:
         raise TrainingError(f"{path} is damaged: its layers have not the same experts")

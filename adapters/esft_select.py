@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from signalbox.adapters.esft_format import CONFIG
-from signalbox.adapters.esft_scores import ExpertScores
+from signalbox.adapters.esft_scores import ExpertScores, layer_number
 from signalbox.adapters.train_data import TrainingError
 
 Score = Literal["gate", "token"]
@@ -80,7 +80,7 @@ def read_selection(path: Path, experts: Mapping[int, int]) -> dict[int, tuple[in
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror}; make it with: signalbox esft select") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{path} is no JSON: {error}") from None
     listed = raw.get("experts") if isinstance(raw, dict) else None
     if not isinstance(listed, dict):
@@ -89,11 +89,15 @@ def read_selection(path: Path, experts: Mapping[int, int]) -> dict[int, tuple[in
         raise TrainingError(f"{path} wants shared experts or other modules retrained; set both to false")
     found = {}
     for layer, ids in listed.items():
-        count = experts.get(int(layer), 0) if layer.isdecimal() else 0
+        try:
+            number = layer_number(layer)
+        except ValueError as error:
+            raise TrainingError(f"{path}: {error}") from None
+        count = experts.get(number, 0)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < count for i in ids):
             raise TrainingError(f"{path}: layer {layer} of the base has {count} routed experts; {CONFIG} names others")
         if ids:
-            found[int(layer)] = tuple(sorted(set(ids)))
+            found[number] = tuple(sorted(set(ids)))
     if not found:
         raise TrainingError(f"{path} names no expert; raise the threshold of: signalbox esft select")
     return dict(sorted(found.items()))

@@ -41,6 +41,7 @@ def write_esft(
     Raises `TrainingError` where `folder` is there and not empty, `AdapterError` where the base does not fit, OSError.
     """
     check_free(folder)
+    folder = folder.resolve()  # a link's target, for the link itself cannot be exchanged for a folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
     try:
@@ -62,6 +63,9 @@ def check_free(folder: Path) -> None:
     """Raises `TrainingError` where an adapter cannot be written to `folder`, best asked before hours of training."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainingError(f"{folder} is there already; name another folder, or remove it first")
+    whole = folder.resolve()  # OSError for links in a circle
+    if whole == Path.cwd() or whole.is_mount():
+        raise TrainingError(f"{folder} cannot be exchanged while it is in use; name a folder in it")
 
 
 def _write_shards(

@@ -59,8 +59,10 @@ class CopiedAdapters:
         return str(self._folder / content_hash)
 
     async def sweep(self, used: set[str]) -> None:
-        """Delete copies of other hashes than these, except those of the last minutes."""
-        await asyncio.to_thread(self._sweep, used)
+        """Delete copies of other hashes than these, except those of the last minutes; none while one is made."""
+        if not self._lock.locked():
+            async with self._lock:
+                await asyncio.to_thread(self._sweep, used)
 
     def _take(self, base: str, path: Path) -> AdapterFacts:
         limits, shape = self._limits(base), self._shape(base)

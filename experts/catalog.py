@@ -61,6 +61,9 @@ class ExpertFacts(Strict):
     routable: bool = Field(True, description="whether `auto` may choose it; by name it can always be asked for")
 
 
+MAX_EXPERT_ROWS = 16384  # of a layer, for adapters: an alignment keeps a count of each in shared memory
+
+
 class EsftServing(Strict):
     """Room for ESFT adapters, whole experts of which are exchanged, beside one mixture-of-experts base."""
 
@@ -251,6 +254,13 @@ class VllmExpert(LocalExpert):
             return self
         if not self.max_adapters:
             raise ValueError("adapter_kinds names esft and max_adapters is 0: set how many adapters are loaded at once")
+        assert self.esft is not None
+        rows = self.max_adapters * self.esft.experts_per_layer
+        if rows > MAX_EXPERT_ROWS:
+            raise ValueError(
+                f"max_adapters {self.max_adapters} times esft.experts_per_layer {self.esft.experts_per_layer} are "
+                f"{rows} rows in a layer; the kernels count to {MAX_EXPERT_ROWS}: lower one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -70,7 +70,7 @@ class VllmAdapters(EngineAdapters):
     async def _add(self, slot: Slot, path: str, core: Core, shape: BaseShape) -> None:
         """Into vLLM, or with an error not at all."""
         try:
-            kind = await asyncio.to_thread(adapter_kind, Path(path), Limits(roots=(Path(path),)))
+            kind = await asyncio.to_thread(adapter_kind, Path(path), Limits.of_any_size(Path(path)))
             if kind not in self.kinds:
                 served = " and ".join(self.kinds)
                 raise AdapterError(f"expert {self.expert!r} serves {served} adapters, not {kind}", code="wrong_kind")
@@ -90,7 +90,7 @@ class VllmAdapters(EngineAdapters):
     async def _add_lora(self, slot: Slot, path: str, core: Core, shape: BaseShape) -> None:
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="signalbox-lora-"))
         try:
-            await asyncio.to_thread(self._rewrite, Path(path), folder, shape)
+            await asyncio.to_thread(self._rewrite, Path(path), folder, shape, core.dissolved)
             request = vllm_versions.lora_request(slot.name, next(self._numbers), folder)
             self._bound[slot.name] = Bound(lora=request)
             with vllm_versions.translated_load(self.expert, slot.name):
@@ -122,9 +122,18 @@ class VllmAdapters(EngineAdapters):
                 return failed + [report for report in reports if report["state"] != "failed"]
             await asyncio.sleep(_POLL_S)
 
-    def _rewrite(self, source: Path, folder: Path, shape: BaseShape) -> None:
-        """Blocking. Raises `AdapterError`."""
-        write_plain(read_lora(source, shape, Limits(roots=(source,), max_rank=self.max_rank)), folder)
+    def _rewrite(self, source: Path, folder: Path, shape: BaseShape, dissolved: frozenset[str]) -> None:
+        """Blocking. Raises `AdapterError`, also for modules that vLLM would answer without (`Core.dissolved`)."""
+        adapter = read_lora(source, shape, Limits.of_any_size(source, max_rank=self.max_rank))
+        for name in adapter.modules:
+            if name.rpartition(".")[2] in dissolved:
+                raise AdapterError(
+                    f"{name}: vLLM's latent attention takes this linear apart and would answer without the adapter: "
+                    "train it on other linears",
+                    code="unserved_module",
+                    tensor=name,
+                )
+        write_plain(adapter, folder)
 
     async def _leave(self, slot: Slot) -> None:
         await slot.loaded.wait()

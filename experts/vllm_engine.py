@@ -304,9 +304,9 @@ class VllmEngine:
         on_cpu = vllm_versions.device_memory() is None
         if "lora" in config.adapter_kinds:
             arguments |= vllm_versions.lora_arguments(config.max_adapters, config.max_adapter_rank, on_cpu=on_cpu)
-            if "esft" in config.adapter_kinds:  # all linears that an adapter may have: the routed experts are none
-                linears = base_shape(path).linears
-                arguments["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in linears})
+            shape = base_shape(path)
+            if shape.experts:  # all linears that an adapter may have: the routed experts are none, and stay vLLM's own
+                arguments["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in shape.linears})
         if "esft" in config.adapter_kinds:
             arguments |= self._weave().engine_arguments(on_cpu=on_cpu)
         return arguments | config.engine_args

@@ -104,6 +104,8 @@ class Core:
         model = self._llm.vllm_config.model_config
         self.longest: int = model.max_model_len
         self.vocab_size: int = model.get_vocab_size()
+        # Linears that are taken apart when the model is loaded: nothing asks them, nor an adapter of theirs, again.
+        self.dissolved: frozenset[str] = frozenset({"kv_b_proj"} if model.use_mla else ())
 
     @property
     def dead(self) -> bool:

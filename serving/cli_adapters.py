@@ -302,7 +302,7 @@ def _base_of(base: str, path: Path, config: Path) -> tuple[str, Limits]:
     from signalbox.serving.config import ConfigError, adapter_limits, load_config
 
     if ":" in base or Path(base).exists():
-        return base, Limits(roots=(Path(path.anchor),))
+        return base, Limits.of_any_size(Path(path.anchor))
     try:
         loaded = load_config(config, on_warning=lambda _: None)  # of other parts than this expert
     except ConfigError as error:

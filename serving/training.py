@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -42,14 +43,14 @@ class TaskRecipe(Strict):
     wordings: tuple[str, ...] = Field(
         (), max_length=16, description="instructions around {text}: each row is also learned in one of them"
     )
-    rate: float = Field(1e-3, gt=0, description="highest learning rate")
+    rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="highest learning rate")
     batch: int = Field(32, gt=0, le=4096)
-    epochs: float = Field(5.0, gt=0)
+    epochs: float = Field(5.0, gt=0, allow_inf_nan=False)
     steps: int | None = Field(None, gt=0, description="instead of epochs")
-    minutes: float | None = Field(None, gt=0, description="most minutes of training")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="most minutes of training")
     longest: int = Field(768, gt=8, description="rows of more tokens are left out")
     holdout: float = Field(0.1, gt=0, le=0.5, description="share of texts that only the scores see")
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     max_new_tokens: int | None = Field(None, gt=0, description="of a held-out answer; default: by the references")
 
     @field_validator("wordings")
@@ -135,12 +136,22 @@ class Task:
 
 
 def device_of(effort: Effort) -> Any:
-    """The `torch.device` that a run uses; sets the threads of torch on the CPU."""
+    """The `torch.device` that a run uses; sets the threads of torch on the CPU. Raises `TrainingError`."""
     import torch
+
+    from signalbox.adapters.train_data import TrainingError
 
     if effort.threads:
         torch.set_num_threads(effort.threads)
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if effort.device == "auto" else effort.device)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if effort.device == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    named = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", effort.device)
+    if named is None:
+        raise TrainingError(f"the device {effort.device!r} is none of auto, cpu, cuda and cuda:N")
+    if effort.device != "cpu" and int(named[1] or 0) >= gpus:
+        raise TrainingError(f"the device {effort.device!r} is not there: PyTorch sees {gpus} GPUs; leave out --device")
+    return torch.device(effort.device)
 
 
 def read_task(base: Base, recipe: TaskRecipe, effort: Effort, device: Any, watch: Watcher) -> Task:
@@ -166,19 +177,25 @@ def read_task(base: Base, recipe: TaskRecipe, effort: Effort, device: Any, watch
 
 
 def codec_of(base: Base) -> Codec:
-    """The expert's tokenizer and chat template, as its engine uses them. Raises `ExpertUnavailable`."""
+    """An expert's tokenizer and chat template, as its engine uses them.
+
+    Raises `ExpertUnavailable`, and `TrainingError` for files that make no sense.
+    """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from signalbox.adapters.train_data import Codec, TrainingError
     from signalbox.experts.prompts import PromptEncoder
 
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder)
+        text_config = AutoConfig.from_pretrained(base.folder).get_text_config()
+        told = [tokenizer.eos_token_id, text_config.eos_token_id]
+        if (base.folder / "generation_config.json").is_file():
+            told.append(GenerationConfig.from_pretrained(base.folder).eos_token_id)
+    except Exception as error:  # transformers raises anything for files that make no sense
+        raise TrainingError(f"cannot read the tokenizer and config.json in {base.folder}: {error!r:.300}") from error
     encoder = PromptEncoder(tokenizer, base.chat_template)
-    text_config = AutoConfig.from_pretrained(base.folder).get_text_config()
     stops: set[int] = set()
-    told = [tokenizer.eos_token_id, text_config.eos_token_id]
-    if (base.folder / "generation_config.json").is_file():
-        told.append(GenerationConfig.from_pretrained(base.folder).eos_token_id)
     for value in told:
         stops.update(value if isinstance(value, list | tuple) else [value] if value is not None else [])
     if tokenizer.eos_token_id is None:
@@ -205,8 +222,15 @@ def load_base(base: Base, device: Any, dtype: Any) -> Any:
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"cannot load the model in {base.folder}: {error}") from error
+    except Exception as error:
+        raise TrainingError(f"cannot load the model in {base.folder}: {error!r:.300}") from error
+    text = model.config.get_text_config()
+    chosen, experts = (getattr(text, name, None) for name in ("num_experts_per_tok", "num_experts"))
+    experts = experts or getattr(text, "n_routed_experts", None)
+    if chosen and experts and chosen > experts:
+        raise TrainingError(
+            f"the model in {base.folder} chooses {chosen} of {experts} experts; is its config.json whole?"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 

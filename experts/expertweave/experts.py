@@ -20,6 +20,7 @@ from signalbox.kernels.align import align_rows
 from signalbox.kernels.difference_rows import align_picks, blocks_of, woven_product
 
 MANY_PICKS = 4096  # of a prompt: beyond them vLLM's alignment is the faster one
+VLLM_ROWS = 960  # what vLLM's alignment can count to: below 1024, rounded up to a multiple of 32
 FEW_PICKS = 4  # vLLM's margin: with so many times fewer picks than experts each pick is a block by itself
 
 
@@ -155,7 +156,8 @@ def _on_cuda(vllm_class: type) -> type:
             if picks * FEW_PICKS <= len(woven.local) and not woven.partial:
                 return None, rows.view(-1), _constant(picks * block, rows.device)
             # A captured graph must hold for rows that are taken later; beyond, those in use are enough.
-            if picks <= MANY_PICKS or len(rows) <= woven.weave.longest_captured or woven.partial:
+            few = picks <= MANY_PICKS or len(rows) <= woven.weave.longest_captured
+            if few or woven.partial or woven.rows_in_use > VLLM_ROWS:
                 return align_rows(rows, block, woven.total_rows)
             return moe_align_block_size(rows, block, woven.rows_in_use)
 

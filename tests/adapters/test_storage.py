@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +143,29 @@ async def test_a_copy_that_was_swept_is_made_again(
     await counted.storage.sweep(set())
     assert counted.copies() == []
     assert await counted.storage.take("moe", str(path)) == facts and counted.copies() == [facts.content_hash]
+
+
+async def test_nothing_is_swept_while_a_copy_is_made(
+    counted: Counted, moe_base: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "KEEP_S", -1.0)
+    begun, go_on = threading.Event(), threading.Event()
+    copy_to = storage_module._Source.copy_to
+
+    def slowly(source: Any, target: Path) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        copy_to(source, target)
+
+    monkeypatch.setattr(storage_module._Source, "copy_to", slowly)
+    taking = asyncio.create_task(counted.storage.take("moe", str(write_esft(root / "law", esft_tensors(moe_base)))))
+    assert await asyncio.to_thread(begun.wait, 60)
+    await counted.storage.sweep(set())
+    go_on.set()
+    facts = await taking
+    assert counted.copies() == [facts.content_hash]
+    await counted.storage.sweep(set())
+    assert counted.copies() == []
 
 
 async def test_lora_is_kept_in_the_same_way(counted: Counted, base: Path, root: Path) -> None:

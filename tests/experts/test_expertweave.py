@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from signalbox.experts.base import InvalidRequest
 from signalbox.experts.catalog import TransformersExpert
 from signalbox.experts.engines import build_engine
 from signalbox.experts.vllm_arguments import installed
@@ -217,6 +218,36 @@ async def test_esft_lora_and_base_rows_in_one_batch(olmoe: Woven, tmp_path: Path
         await engine.unload("esft-0@1")
         await engine.unload("lora@1")
         agree(await answer(engine, PROMPTS[0], "esft-5@1"), alone(olmoe.merged[5], PROMPTS[0]), "after")
+
+
+async def test_lora_alone_on_a_mixture_of_experts(olmoe: Woven, tmp_path: Path) -> None:
+    """Its routed experts stay vLLM's own, whose kernels for the CPU know no LoRA."""
+    tensors = lora_tensors(olmoe.base, targets=("q_proj", "o_proj"), rank=4, seed=4, scale=0.3)
+    lora = write_lora(tmp_path / "lora", tensors, lora_config(r=4, target_modules=["q_proj", "o_proj"]))
+    async with started(make(olmoe.base, max_adapters=2)) as engine:
+        await engine.load("lora@1", str(lora))
+        for prompt in PROMPTS:
+            base = await answer(engine, prompt)
+            agree(base, alone(olmoe.base, prompt), prompt)
+            assert (await answer(engine, prompt, "lora@1")).tokens != base.tokens
+
+
+async def test_lora_on_what_latent_attention_takes_apart_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
+    base = save_tiny_moe(tmp_path / "base", "deepseek_v2", kv_lora_rank=512, qk_rope_head_dim=64)
+    folders = {}
+    for name in ("kv_b_proj", "o_proj"):
+        tensors = lora_tensors(base, targets=(name,), rank=4, seed=5, scale=0.3)
+        folders[name] = write_lora(tmp_path / name, tensors, lora_config(r=4, target_modules=[name]))
+    async with started(make_woven(base, max_adapters=2, adapter_kinds=["esft", "lora"])) as engine:
+        with pytest.raises(InvalidRequest, match=r"self_attn\.kv_b_proj: vLLM's latent attention") as caught:
+            await engine.load("kv@1", str(folders["kv_b_proj"]))
+        assert (caught.value.status, caught.value.code) == (422, "unserved_module")
+        await engine.load("o@1", str(folders["o_proj"]))
+        assert (await answer(engine, PROMPTS[0], "o@1")).tokens != (await answer(engine, PROMPTS[0])).tokens
+        assert engine.adapters() == ["o@1"]
 
 
 async def test_rows_as_differences_are_answered_as_the_rounded_model(olmoe: Woven, tmp_path: Path) -> None:

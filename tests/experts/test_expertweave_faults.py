@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from signalbox.adapters.base import Limits
@@ -20,11 +21,14 @@ from signalbox.adapters.base_shape import base_shape
 from signalbox.adapters.esft_format import EsftAdapter
 from signalbox.experts.base import ExpertUnavailable
 from signalbox.experts.expertweave import staging
+from signalbox.experts.expertweave import weave as weaves
+from signalbox.experts.expertweave import worker as worker_module
 from signalbox.experts.expertweave.loading import Loader
 from signalbox.experts.expertweave.settings import WeaveSettings
 from signalbox.experts.expertweave.staging import FolderFeed, Staged, Stager, StagingLost
 from signalbox.experts.expertweave.store import FullRows
 from signalbox.experts.expertweave.weave import Weave
+from signalbox.experts.expertweave.worker import ExpertWeaveWorker
 from signalbox.experts.vllm_arguments import installed
 from signalbox.kernels.virtual_tensor import row_tensor
 from tests.moe_models import EXPERTS, moe_layers, save_esft_adapter, save_tiny_moe
@@ -92,6 +96,56 @@ def test_a_staging_process_that_hangs_is_given_up(base: Path, adapter: Path, mon
         for feed in feeds:
             feed.close()
         stager.close()
+
+
+def test_the_next_model_of_a_process_has_its_own_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts may be larger than the places that the former model's were read into."""
+    before = weaves.current()
+    worker = ExpertWeaveWorker()
+    stagers = []
+    try:
+        for hidden, width in ((32, 16), (64, 32)):
+            base = save_tiny_moe(tmp_path / f"{hidden}", "olmoe", hidden_size=hidden, intermediate_size=width)
+            path = save_esft_adapter(tmp_path / f"{hidden}-all", base, {layer: range(EXPERTS) for layer in range(3)})
+            woven = woven_by_hand(base, width, hidden)
+            worker.expertweave_load(0, str(path))
+            while (report := worker.expertweave_poll(0))["state"] == "loading":
+                time.sleep(0.005)
+            assert report["state"] == "ready", report
+            wanted = {key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
+            for number, layer in woven.layers.items():
+                for expert, row in enumerate(layer.table[1].tolist()):
+                    parts = [
+                        wanted[f"model.layers.{number}.mlp.experts.{expert}.{part}_proj.weight"]
+                        for part in ("gate", "up", "down")
+                    ]
+                    assert torch.equal(layer.store.w13[row], torch.cat(parts[:2])), (number, expert)
+                    assert torch.equal(layer.store.w2[row], parts[2]), (number, expert)
+            stagers.append(worker_module._loads().stager())
+        assert not stagers[0].alive and stagers[1].alive
+    finally:
+        worker_module._loads().close()
+        monkeypatch.setattr(weaves, "_current", before)
+
+
+def woven_by_hand(base: Path, width: int, hidden: int) -> Weave:
+    """The current weave of this process: a base of zeros in float32 on the CPU, without vLLM."""
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype=torch.float32, model=str(base), hf_text_config=SimpleNamespace(num_experts_per_tok=2)
+        ),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=0),
+    )
+    woven = weaves.begin(WeaveSettings(2, EXPERTS), config, torch.device("cpu"), 8)
+    for number in range(3):
+        layer = woven.layer(number, list(range(EXPERTS)), (width, hidden))
+        shapes = ((2 * width, hidden), (hidden, width))
+        parts = [row_tensor((layer.total_rows, *shape), torch.float32, "cpu", None) for shape in shapes]
+        for part in parts:
+            part.map_rows(range(EXPERTS))
+            part.tensor.zero_()
+        layer.store = FullRows(parts, parts[0].tensor, parts[1].tensor, lambda w13, w2: (w13, w2))
+    return woven
 
 
 class Full(FullRows):

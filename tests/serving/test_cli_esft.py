@@ -132,6 +132,47 @@ def test_what_cannot_be_done_is_said(base: Path, table: Path, scores: Path, tmp_
     assert "is there already" in said(run("train", "--base", base, *common, code=2))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "'foo' is none of auto, cpu, cuda and cuda:N"),
+        (("--device", "mps"), "'mps' is none of"),
+        (("--device", "cuda:99"), "PyTorch sees"),
+        (("--epochs", "inf"), "epochs: Input should be a finite number"),
+        (("--lr", "nan"), "rate: Input should be"),
+        (("--seed", str(2**64)), "seed: Input should be less than"),
+    ],
+)
+def test_options_that_make_no_sense(
+    base: Path, table: Path, tmp_path: Path, options: tuple[str, str], message: str
+) -> None:
+    told = said(run("train", "--base", base, "--data", table, "--out", tmp_path / "out", *QUICK, *options, code=2))
+    assert message in told and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"model_type": "never_heard_of"}),
+        ("config.json", {"hidden_size": "a"}),
+        ("config.json", {"hidden_act": "never_heard_of"}),
+        ("config.json", {"num_experts_per_tok": 99}),
+        ("tokenizer.json", None),
+    ],
+)
+def test_a_model_that_makes_no_sense(
+    base: Path, table: Path, tmp_path: Path, file: str, changes: dict[str, object] | None
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    raw = json.loads((broken / file).read_text())
+    (broken / file).write_text(json.dumps({"version": "1.0"} if changes is None else raw | changes))
+    common = ("--base", broken, "--data", table, *QUICK, *CPU)
+    told = said(run("score", *common, "--out", tmp_path / "scores.json", code=2))
+    assert "error: " in told and str(broken) in told.replace(" ", ""), told
+    assert not (tmp_path / "scores.json").exists()
+
+
 def test_where_nothing_can_be_written_is_said_before_the_work(
     base: Path, table: Path, scores: Path, tmp_path: Path
 ) -> None:

@@ -354,6 +354,7 @@ def test_esft_is_served_by_vllm_in_rows_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "settings", "said"),
     [
+        ("vllm", "adapter_kinds: [esft], max_adapters: 32, esft: {experts_per_layer: 1000}", ": max_adapters 32 times esft.experts_per_layer 1000 are 32000 rows in a layer; the kernels count to 16384: lower one of them"),
         ("vllm", "adapter_kinds: [esft]", ": adapter_kinds names esft and max_adapters is 0: set how many adapters are loaded at once"),
         ("vllm", "max_adapters: 9, esft: {}", ": esft is given and adapter_kinds does not name it: set adapter_kinds: [esft, lora]"),
         ("vllm", "max_adapters: 9, adapter_kinds: [esft, esft]", ".adapter_kinds: names a kind twice"),
