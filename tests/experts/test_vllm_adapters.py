@@ -90,7 +90,7 @@ async def engine(running: Any) -> AsyncIterator[Any]:
     yield running
     for name in running.adapters():
         await running.unload(name)
-    assert await running._core.loras() == set() and not running._adapters._requests
+    assert await running._core.loras() == set() and not running._adapters._bound
     assert not glob.glob(f"{tempfile.gettempdir()}/signalbox-lora-*")  # noqa: PTH207 - pathlib blocks, says ASYNC240
 
 
@@ -277,7 +277,7 @@ async def test_versions_come_and_go_under_traffic(engine: Any, kinds: dict[str, 
         await engine.unload(name)
     stop = True
     assert min(await asyncio.gather(*asking)) > 0
-    assert await engine._core.loras() == {engine._adapters._requests["rs@1"].lora_int_id}
+    assert await engine._core.loras() == {engine._adapters._bound["rs@1"].lora.lora_int_id}
 
 
 @VLLM
