@@ -137,7 +137,7 @@ async def test_state_has_the_engines_own_figures(engine: Any) -> None:
 
 
 async def test_under_load_one_chunk_carries_several_tokens(folder: Path) -> None:
-    engine = make(folder, max_messages_per_s=50)
+    engine = make(folder, max_messages_per_s=10)
     await engine.start()
     try:
         answers = await asyncio.gather(
