@@ -199,6 +199,9 @@ async def serve_gateway(
     from signalbox.serving.gateway import GatewayApp
 
     app = GatewayApp(config, store_url, handles, registry)
+    pool = app._store._redis.connection_pool  # a pause of the process is no loss of the store
+    pool.timeout = 30.0
+    pool.connection_kwargs |= {"socket_timeout": 30.0, "socket_connect_timeout": 30.0}
     # Named TCP, or asyncio leaves Nagle's algorithm on for its connections: 40 ms between headers and body.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

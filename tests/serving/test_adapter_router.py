@@ -86,7 +86,7 @@ async def test_calls_of_one_http_request_each_get_a_replica() -> None:
         )
         for i in range(6)
     ]
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         found = await asyncio.gather(*(router._choose_replica_for_request(call) for call in calls))
     assert {replica.replica_id.unique_id for replica in found} <= {"r2", "r3"}
     assert not any(call.future.cancelled() for call in calls)

@@ -28,7 +28,7 @@ async def signalbox(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
         stderr=asyncio.subprocess.PIPE,
         env=os.environ | {"COLUMNS": "160"},
     )
-    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
+    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 240)
     return process.returncode or 0, out.decode(), err.decode()
 
 

@@ -308,17 +308,17 @@ async def test_several_choices_stop_together(store: Store) -> None:
     class OneFails(ScriptedExpert):
         async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Chunk]]:
             try:
-                await asyncio.sleep(0.05 if request.request_id.endswith("-1") else 5)
+                await asyncio.sleep(0.05 if request.request_id.endswith("-1") else 3600)
                 raise ExpertUnavailable("down")
                 yield []
             finally:
                 self.closed += 1
 
     bench = Bench(store, tiny=OneFails())
-    started = time.perf_counter()
-    run, text = await bench.run(n=3)
+    async with asyncio.timeout(60):  # nobody waits for the others
+        run, text = await bench.run(n=3)
     assert (run.expert, text) == ("wide", "w|w|w") and run.builder.usage() == Usage(3, 3)
-    assert bench.experts["tiny"].closed == 3 and time.perf_counter() - started < 2, "nobody waited for the others"
+    assert bench.experts["tiny"].closed == 3
 
 
 async def test_cancelling_closes_every_choice(store: Store) -> None:

@@ -162,7 +162,7 @@ def test_two_services_side_by_side_start_serve_and_leave_nothing(start: Callable
 
     two.process.kill()  # not even a chance to tidy up
     two.code()
-    wait_for(lambda: not two.left(), 45, f"the end of {names(two.left())}")
+    wait_for(lambda: not two.left(), 200, f"the end of {names(two.left())}")
     assert not any(folder.exists() for folder in folders)
 
 
