@@ -131,6 +131,13 @@ def read_esft_facts(path: Path, base: BaseShape, limits: Limits) -> AdapterFacts
         return adapter.facts()
 
 
+def layer_number(text: str) -> int:
+    """The layer that a file means. Raises ValueError for other spellings, which could name a layer twice."""
+    if not re.fullmatch(r"0|[1-9]\d{0,4}", text, re.ASCII):
+        raise ValueError(f"{text[:20]!r} is no number of a layer")
+    return int(text)
+
+
 def _experts(raw: dict[str, Any], base: BaseShape) -> dict[int, tuple[int, ...]]:
     """Layer -> ids of its retrained experts, from `expert_cfg.json`."""
     for key, what in (
@@ -153,8 +160,11 @@ def _experts(raw: dict[str, Any], base: BaseShape) -> dict[int, tuple[int, ...]]
         )
     found: dict[int, tuple[int, ...]] = {}
     for key, ids in listed.items():
-        layer = int(key) if key.isascii() and key.isdecimal() and len(key) < 6 else -1
-        if layer not in base.experts or str(layer) != key:
+        try:
+            layer = layer_number(key)
+        except ValueError:
+            layer = -1
+        if layer not in base.experts:
             _config("experts", f"experts names layer {shown(key)}, which has no routed experts in {base.model}")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < base.experts[layer] for i in ids):
             _config("experts", f"experts of layer {key} are no list of ids from 0 to {base.experts[layer] - 1}")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from signalbox.adapters.esft_format import layer_number
 from signalbox.adapters.train_data import Encoded, TrainingError
 
 # In transformers 5 these hand (hidden states, chosen ids, their weights) to one module of fused experts.
@@ -200,13 +201,6 @@ def write_scores(path: Path, file: ScoreFile) -> None:
     partial = path.with_name(f".{path.name}.writing")
     partial.write_text(text)
     partial.replace(path)
-
-
-def layer_number(text: str) -> int:
-    """The layer that a file means. Raises ValueError for other spellings, which could name a layer twice."""
-    if not re.fullmatch(r"0|[1-9]\d{0,4}", text, re.ASCII):
-        raise ValueError(f"{text[:20]!r} is no number of a layer")
-    return int(text)
 
 
 def read_scores(path: Path) -> ScoreFile:

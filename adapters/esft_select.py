@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from signalbox.adapters.esft_format import CONFIG
-from signalbox.adapters.esft_scores import ExpertScores, layer_number
+from signalbox.adapters.esft_format import CONFIG, layer_number
+from signalbox.adapters.esft_scores import ExpertScores
 from signalbox.adapters.train_data import TrainingError
 
 Score = Literal["gate", "token"]
