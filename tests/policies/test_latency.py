@@ -305,6 +305,6 @@ def test_it_is_cheap() -> None:
     def best_s(call: Callable[[], object]) -> float:  # of some: other processes run here too
         return min(timeit.repeat(call, number=500, repeat=5, timer=time.process_time)) / 500
 
-    # Ten times what is promised: only another order of magnitude fails, and no slow machine.
-    assert best_s(lambda: model.observe(load, 100, 50, 120.0, 12.0, 4.0)) < 500e-6
-    assert best_s(lambda: predict(state, DECLARED, load, 100, 50)) < 100e-6
+    # Twice what is promised, for slow machines.
+    assert best_s(lambda: model.observe(load, 100, 50, 120.0, 12.0, 4.0)) < 100e-6
+    assert best_s(lambda: predict(state, DECLARED, load, 100, 50)) < 20e-6

@@ -163,14 +163,14 @@ def test_many_threads_may_ask(trained: Trained) -> None:
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
-def test_a_decision_takes_no_time_of_note(trained: Trained) -> None:
+def test_a_decision_takes_less_than_a_millisecond(trained: Trained) -> None:
     prompt = [Prompt(" ".join(trained.held_out.prompt[:12]))]  # about 100 words
     timed = []
     for _ in range(200):
         start = time.process_time()  # of this process: others share the machine
         trained.predictor.predict(prompt)
         timed.append(time.process_time() - start)
-    assert np.min(timed) < 5e-3  # 0.3 ms on one core of an EPYC: only another order of magnitude fails
+    assert np.min(timed) < 1e-3
 
 
 def test_odd_prompts_get_a_finite_answer(trained: Trained) -> None:

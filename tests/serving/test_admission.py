@@ -102,11 +102,11 @@ async def test_priority_and_deadline_hold_across_gateways(url: str) -> None:
 
 async def test_who_cannot_start_in_time_is_told_at_once(url: str) -> None:
     async with door(url, "late") as admission:
-        slot = await admission.enter("late", service_s=30)
+        slot = await admission.enter("late", service_s=50)
         with pytest.raises(Shed) as caught:
             await admission.enter("late", slack_s=5, service_s=1)
         assert (caught.value.status, caught.value.code) == (429, "shed_deadline")
-        assert caught.value.retry_after_s is not None and 0 < caught.value.retry_after_s <= 30
+        assert caught.value.retry_after_s is not None and 20 < caught.value.retry_after_s <= 50
         slot.leave(completed=True)
 
 

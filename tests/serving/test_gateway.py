@@ -261,7 +261,7 @@ async def test_a_hit_takes_less_than_20_ms(service: Service) -> None:
         assert reply.headers["x-signalbox-cache"] == "hit" and reply.headers["x-signalbox-attempts"] == "0"
         assert reply.headers["x-signalbox-expert"] == first.headers["x-signalbox-expert"]
         assert reply.json()["choices"] == first.json()["choices"] and reply.json()["usage"] == first.json()["usage"]
-    assert min(times) < 0.2, "nothing is generated: two milliseconds where it was measured"
+    assert min(times) < 0.020
     streamed = await service.client.post("/v1/chat/completions", json=body | {"stream": True})
     assert streamed.headers["x-signalbox-cache"] == "hit" and streamed.text.endswith("data: [DONE]\n\n")
     events = [orjson.loads(e[6:]) for e in streamed.text.split("\n\n") if e.startswith("data: {")]
