@@ -43,31 +43,36 @@ from benchmarks.report import Row, print_table, write_results
 from benchmarks.segmented_lora import captured, timed
 from signalbox.kernels.difference_rows import Apart, Blocks, Differences, align_picks, blocks_of, woven_product
 
-TOKENS = (256, 128, 64, 512, 32)
+TOKENS = (256, 128, 64, 512, 1024, 2048, 32)
 USES = ("base", "uniform", "skewed")
 LAYERS = 3  # of one step
 TOGETHER = {
     32: [Blocks(16, 128, 64, 4, 4)],
-    64: [Blocks(16, 64, 128, 4, 4), Blocks(16, 128, 64, 4, 4)],
-    128: [Blocks(16, 64, 128, 4, 4), Blocks(16, 128, 64, 4, 4)],
-    256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3)],
-    512: [Blocks(64, 128, 64, 8, 3)],
+    64: [Blocks(16, 64, 128, 4, 4)],
+    128: [Blocks(16, 64, 128, 4, 4)],
+    256: [Blocks(32, 64, 128, 4, 3)],
+    512: [Blocks(64, 128, 64, 4, 3, added=True)],
+    1024: [Blocks(128, 128, 64, 8, 3, added=True)],
+    2048: [Blocks(128, 128, 64, 8, 3, added=True)],
 }
 BASE = {
     32: [Blocks(16, 64, 128, 4, 4)],
     64: [Blocks(16, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 3)],
-    128: [Blocks(16, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3)],
-    256: [Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 8, 3)],
+    128: [Blocks(16, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 3), Blocks(32, 128, 64, 4, 3)],
+    256: [Blocks(32, 128, 64, 4, 3), Blocks(64, 128, 64, 4, 3), Blocks(64, 128, 64, 8, 3)],
     512: [Blocks(64, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 3)],
+    1024: [Blocks(128, 128, 64, 8, 3)],
+    2048: [Blocks(128, 128, 64, 8, 3)],
 }
 APART = [
-    Apart(8, 128, 2, 4, 5),
-    Apart(8, 64, 2, 4, 8),
-    Apart(8, 128, 4, 4, 4),
+    Apart(8, 128, 1, 3, 8),
+    Apart(8, 64, 1, 3, 16),
     Apart(8, 64, 1, 4, 11),
-    Apart(16, 64, 2, 4, 6),
+    Apart(8, 128, 2, 4, 5),
+    Apart(16, 64, 1, 3, 10),
     Apart(16, 128, 2, 3, 4),
-    Apart(16, 128, 4, 3, 4),
+    Apart(16, 256, 4, 3, 2),
+    Apart(32, 128, 4, 3, 4),
 ]
 
 

@@ -79,24 +79,25 @@ def blocks_of(tokens: int, in_features: int, differences: bool, picks_per_row: f
     """Blocks for a step of so many tokens: bound by memory where they are few, by arithmetic where they are many.
 
     What counts is how many picks an expert of the base has on average, tokens * top_k / experts; without
-    `picks_per_row` they are 6 / 64 of the tokens, as of DeepSeek-V2-Lite. With differences in them blocks are narrower,
-    so that the unpacking finds registers. Raises ValueError unless `in_features` is a multiple of 16.
+    `picks_per_row` they are 6 / 64 of the tokens, as of DeepSeek-V2-Lite. With differences the best of those that
+    `benchmarks/expert_rows_blocks.py` tries on an H200. Raises ValueError unless `in_features` is a multiple of 16.
     """
     if in_features % 16:
         raise ValueError(f"{in_features} input features: the kernel needs a multiple of 16")
     picks = tokens * 6 / 64 if picks_per_row is None else picks_per_row
-    if picks <= 3:
+    if picks <= 3 or (differences and picks <= 12):
         blocks = Blocks(16, 64, 128, 4, 4)
-    elif picks <= 6 or (differences and picks <= 12):
+    elif picks <= 6:
         blocks = Blocks(32, 64, 128, 4, 3)
     elif picks <= 9:
         blocks = Blocks(32, 128, 64, 4, 3)
     elif picks <= 48:
         blocks = Blocks(64, 128, 64, 4 if picks <= 12 else 8, 3)
-        if differences:  # by the instructions that a weight costs: 2.4 so, 4.5 in the base's blocks
-            blocks = blocks._replace(apart=Apart(16, 128, 2, 3, 4))
     else:
-        blocks = Blocks(128, 128, 64, 8, 3, added=differences)
+        blocks = Blocks(128, 128, 64, 8, 3, added=differences and picks > 96)
+    if differences and 4.5 < picks <= 96:
+        # Programs of one warp wait for nobody's part of a tile; where picks are many, unpacking once for 16 is better.
+        blocks = blocks._replace(apart=Apart(8, 128, 1, 3, 8) if picks <= 48 else Apart(16, 256, 4, 3, 2))
     return blocks._replace(k=min(blocks.k, in_features & -in_features))
 
 
