@@ -7,6 +7,7 @@ together and are measured in turn, so that what drifts, drifts for both.
     python -m benchmarks.expertweave              exactness, decode, prompts, Poisson arrivals, loading; then most of it
                                                   again with tuned experts as 4-bit differences to the base's
     python -m benchmarks.expertweave --rows full  whole rows alone
+    python -m benchmarks.expertweave --parts poisson          arrivals alone, into a file of their own
     python -m benchmarks.expertweave --quick      few steps
     python -m benchmarks.expertweave --shape olmoe-1b-7b      exactness alone, for another family
 """
@@ -81,6 +82,7 @@ def main(
     rows: Annotated[str, typer.Option(help="full, difference4, or both: full,difference4")] = "full,difference4",
     quick: Annotated[bool, typer.Option(help="few steps")] = False,
     shape: Annotated[str, typer.Option(help="deepseek-v2-lite, or olmoe-1b-7b for exactness alone")] = DEEPSEEK.name,
+    parts: Annotated[str, typer.Option(help="only these: decode, prompts, poisson, exactness, loading")] = "",
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
     memory: Annotated[Path, typer.Option(help="folder in memory for the adapter's files")] = Path("/dev/shm/adapter"),
 ) -> None:
@@ -101,7 +103,7 @@ def main(
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 544, 640, 1024, 1088],
         "seed": 0,
     }
-    command = f"python -m benchmarks.expertweave --rows {rows} --shape {shape}"
+    command = f"python -m benchmarks.expertweave --rows {rows} --shape {shape}" + (f" --parts {parts}" if parts else "")
     experts = sum(len(ids) for adapter in model.tuned_experts(20) for ids in adapter.values())
     stock = Peer("stock", arguments, None)
     plans: dict[str, Plan] = {}
@@ -111,6 +113,9 @@ def main(
             plan.counts, plan.alphas, plan.rates, plan.parts = (20,), (1.0,), (5,), ("exactness", "decode", "poisson")
         if model is OLMOE:
             plan.uses, plan.parts = ("uniform",), ("exactness",)
+        if parts:
+            plan.parts = tuple(parts.split(","))
+            plan.alphas = plan.alphas if "decode" in parts else plan.alphas[:1]
         if quick:
             plan.rounds, plan.steps, plan.batches, plan.counts = 1, 20, (1, 32, 256), (20,)
             plan.alphas, plan.rates, plan.poisson_s = (1.0,), (3,), 6.0
@@ -120,7 +125,8 @@ def main(
         if len(plans) == 1:
             mark(f"stock started in {stock.started():.0f} s")
         mark(f"ours, {name}, started in {ours.started():.0f} s")
-        file = "_".join(["expertweave"] + [word for word in (shape, name) if word not in (DEEPSEEK.name, "full")])
+        words = (shape, name, *parts.split(","))
+        file = "_".join(["expertweave"] + [word for word in words if word not in (DEEPSEEK.name, "full", "")])
         measure(plan, stock, ours, memory, partial(write_results, file, command, plan.rows, out))
         ours.stop()
         if plan.difference:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from signalbox.experts.expertweave import weave
 from signalbox.experts.expertweave.staging import Staged
-from signalbox.experts.expertweave.worker import ExpertWeaveWorker, _loader
+from signalbox.experts.expertweave.worker import ExpertWeaveWorker, _loads
 
 SHARE = 0.25  # of picks that go to a task's tuned experts under skewed use; by ESFT's threshold at least 0.2
 SHARPNESS = 30.0  # logits between a task's tokens and others
@@ -106,7 +106,7 @@ class BenchmarkWorker(ExpertWeaveWorker):
         woven = weave.current()
         assert woven is not None
         shape = woven.shape.expert_linears["gate_proj"]
-        _loader().begin(slot, RandomExperts(seed, {int(k): v for k, v in tuned.items()}, shape, scale))
+        _loads().loader.begin(slot, RandomExperts(seed, {int(k): v for k, v in tuned.items()}, shape, scale))
 
     def bench_merge(self, seed: int, tuned: dict[str, list[int]], scale: float) -> None:
         """Write the same experts into the base itself, as a merged model has them; `bench_restore` undoes it."""

@@ -87,14 +87,16 @@ def reroute_by_operations(topk_ids: Tensor, adapter_of_token: Tensor, table: Ten
 
 
 def topk_reroute(
-    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool
+    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """A softmax router and the rerouting of what it chose: (weights float32 [T, K], rows int32 [T, K]).
 
     logits: any float [T, experts]; adapter_of_token and table as in `reroute`. Softmax in float32 over all experts,
     then the K most probable, the most probable first, of equal ones the lower expert first. `renormalize` divides the
-    weights by their sum (unless it is 0). Probabilities that are no number count as 0, so that even rows of rubbish,
-    which pad a captured batch, yield valid rows. Raises ValueError where the shapes do not fit.
+    weights by their sum (unless it is 0). `rounded`: probabilities are rounded to the logits' dtype before the choice,
+    as by routers that compute in it: in bf16 close experts are equal then, and the lower is taken. Probabilities that
+    are no number count as 0, so that even rows of rubbish, which pad a captured batch, yield valid rows. Raises
+    ValueError where the shapes do not fit.
     """
     _check(logits.shape[0], adapter_of_token, table)
     if logits.shape[1] != table.shape[1] or not 0 < top_k <= logits.shape[1]:
@@ -102,15 +104,17 @@ def topk_reroute(
     if logits.is_cuda:
         from signalbox.kernels.reroute_triton import topk_reroute_triton
 
-        return topk_reroute_triton(logits, top_k, adapter_of_token, table, renormalize=renormalize)
-    return topk_reroute_torch(logits, top_k, adapter_of_token, table, renormalize=renormalize)
+        return topk_reroute_triton(logits, top_k, adapter_of_token, table, renormalize=renormalize, rounded=rounded)
+    return topk_reroute_torch(logits, top_k, adapter_of_token, table, renormalize=renormalize, rounded=rounded)
 
 
 def topk_reroute_torch(
-    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool
+    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`topk_reroute` in plain PyTorch, on any device."""
     probabilities = torch.softmax(logits.float(), dim=-1).nan_to_num(nan=0.0)
+    if rounded:
+        probabilities = probabilities.to(logits.dtype).float()
     # Sorted, since `topk` does not say which of equal ones it takes.
     weights, experts = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     weights, experts = weights[:, :top_k], experts[:, :top_k]

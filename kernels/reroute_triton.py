@@ -32,6 +32,7 @@ def topk_reroute_kernel(
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """weights, rows [tokens, TOP_K] of the greatest softmax(logits) [tokens, EXPERTS]; WIDTH: power of two."""
@@ -44,6 +45,8 @@ def topk_reroute_kernel(
     e = tl.exp(x - tl.max(x, axis=1)[:, None])
     p = e / tl.sum(e, axis=1)[:, None]
     p = tl.where(p == p, p, 0.0)
+    if ROUNDED:
+        p = p.to(logits.dtype.element_ty).to(tl.float32)
     left = tl.where(n < EXPERTS, p.to(tl.int32, bitcast=True), -1)
     chosen = tl.zeros((TOKENS, WIDTH), tl.int32)
     kept = tl.zeros((TOKENS, WIDTH), tl.int32)
@@ -77,7 +80,7 @@ def reroute_kernel(
 
 
 def topk_reroute_triton(
-    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool
+    logits: Tensor, top_k: int, adapter_of_token: Tensor, table: Tensor, *, renormalize: bool, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`topk_reroute` on a GPU, one launch. Rows of the logits may be strided, the experts of a row may not."""
     tokens, experts = logits.shape
@@ -98,6 +101,7 @@ def topk_reroute_triton(
             WIDTH=triton.next_power_of_2(experts),
             TOP_K=top_k,
             RENORMALIZE=renormalize,
+            ROUNDED=rounded,
             TOKENS=TOKENS,
             num_warps=TOKENS,
         )

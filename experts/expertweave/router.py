@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 
 from signalbox.experts.expertweave.weave import WovenLayer
 from signalbox.kernels.reroute import reroute, topk_reroute
@@ -22,6 +23,8 @@ class WovenRouter(FusedMoERouter):
         super().__init__(eplb_state=None)
         self._inner, self._woven = inner, woven
         self._captures = False
+        # DeepSeek-V2's, which computes in the logits' dtype: a merged model in vLLM alone takes the same experts.
+        self._rounded = isinstance(inner, GroupedTopKRouter)
         self._fused = woven.weave.device.type == "cuda" and _is_plain_softmax(inner)
 
     def set_capture_fn(self, capture_fn: Any) -> None:
@@ -47,7 +50,12 @@ class WovenRouter(FusedMoERouter):
         owners = woven.weave.step.tokens
         if self._fused and not self._captures:
             return topk_reroute(
-                router_logits, self._inner.top_k, owners, woven.table, renormalize=self._inner.renormalize
+                router_logits,
+                self._inner.top_k,
+                owners,
+                woven.table,
+                renormalize=self._inner.renormalize,
+                rounded=self._rounded,
             )
         weights, experts = self._inner._select_experts(
             hidden_states, router_logits, topk_indices_dtype, input_ids=input_ids

@@ -27,7 +27,10 @@ from tests.moe_models import (
 )
 
 GPUS = int(os.environ.get("SIGNALBOX_TEST_GPUS", "0"))  # to run the engines on
-TOLERANCE = 5e-2 if GPUS else 2e-4  # of a log-probability; matrix units round float32 to ten bits
+if GPUS:  # or Triton's products of float32 round to ten bits, and a router's close choices fall otherwise
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+TOLERANCE = 2e-3 if GPUS else 2e-4  # of a log-probability
+LATENT = {"dtype": "bfloat16"} if GPUS else {}  # what vLLM's kernels for latent attention take on a GPU
 ADAPTERS = 8
 PROMPTS = ["the fox", "one two three", "a signal box sets the points", "seven six five four three two one"]
 TOKENS = 16
@@ -66,7 +69,10 @@ class Woven(NamedTuple):
 
 def make(model: Path, **changes: object) -> Any:
     settings: dict[str, object] = {"engine": "vllm", "model": str(model), "dtype": "float32", "max_running": 64}
-    settings |= {"gpus": min(GPUS, 1), "enforce_eager": not GPUS} | ({"gpu_memory": 0.15} if GPUS else {}) | changes
+    settings |= {"gpus": min(GPUS, 1), "enforce_eager": not GPUS} | changes
+    if GPUS:  # of a size given ahead, so that engines can start beside each other
+        own = {"kv_cache_memory_bytes": 256 << 20, "cudagraph_capture_sizes": [1, 8, 64]}
+        settings |= {"gpu_memory": 0.1, "engine_args": own | dict(changes.get("engine_args", {}))}
     return build_engine("moe", VllmExpert.model_validate(settings))
 
 
@@ -136,4 +142,4 @@ def agree(found: Answer, wanted: Answer, case: object) -> None:
         (i for i, (a, b) in enumerate(zip(*(x.tokens for x in (found, wanted)), strict=True)) if a != b), TOKENS
     )
     assert found.logprobs[: same + 1] == pytest.approx(wanted.logprobs[: same + 1], abs=TOLERANCE), case
-    assert found.tokens == wanted.tokens or GPUS, case  # there two tokens may be as likely within the tolerance
+    assert found.tokens == wanted.tokens, case

@@ -104,6 +104,23 @@ def test_router_and_rerouting_in_one_are_what_they_are_by_hand(
         assert reroute_by_operations(ids, owners, table).tolist() == rows.tolist()
 
 
+def close_logits(dtype: torch.dtype) -> Tensor:
+    """[40, 64] of 16 bits whose probabilities differ by less than the type can tell."""
+    apart = {torch.bfloat16: 0.05, torch.float16: 0.006}[dtype]
+    return (torch.randn(40, 64, generator=torch.Generator().manual_seed(3)) * apart).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_that_rounds_takes_the_lower_of_close_experts(dtype: torch.dtype) -> None:
+    logits, owners, table = close_logits(dtype), torch.full((40,), BASE, dtype=torch.int32), reroute_table(64, [])
+    weights, rows = topk_reroute(logits, 6, owners, table, renormalize=False, rounded=True)
+    probabilities = torch.softmax(logits, dim=-1).float()  # as the type can tell them
+    best = [sorted(range(64), key=lambda expert: (-line[expert], expert))[:6] for line in probabilities.tolist()]
+    assert rows.tolist() == best and torch.equal(weights, probabilities.gather(1, rows.long()))
+    plain = topk_reroute(logits, 6, owners, table, renormalize=False)[1]
+    assert (plain != rows).any(dim=1).sum() > 10
+
+
 def test_rows_of_rubbish_yield_valid_rows_with_weights_of_zero() -> None:
     logits = torch.tensor([[float("nan")] * 8, [float("-inf")] * 8, [float("inf")] * 8])
     owners, table = torch.tensor([-1, 0, 0], dtype=torch.int32), reroute_table(8, [{1: 9}])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.hopper import compile_for_hopper, run_interpreted
-from tests.kernels.test_reroute import by_hand, figure_4, random_case
+from tests.kernels.test_reroute import by_hand, close_logits, figure_4, random_case
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -31,7 +31,8 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
 
     pointers = {"adapter_of_token": "*i32", "table": "*i32", "weights": "*fp32", "rows": "*i32", "topk_ids": "*i32"}
     for experts, top_k, element in ((64, 6, "fp32"), (64, 8, "bf16"), (128, 8, "bf16")):
-        constants = {"EXPERTS": experts, "WIDTH": experts, "TOP_K": top_k, "RENORMALIZE": True, "TOKENS": TOKENS}
+        constants = {"EXPERTS": experts, "WIDTH": experts, "TOP_K": top_k, "TOKENS": TOKENS}
+        constants |= {"RENORMALIZE": True, "ROUNDED": True}
         types = pointers | {"logits": f"*{element}"}
         ptx, usage = compile_for_hopper(topk_reroute_kernel, types, constants, num_warps=TOKENS)
         assert usage["LOCAL"] == 0 and usage["REG"] <= 64
@@ -90,6 +91,21 @@ def test_router_and_rerouting_in_one_are_what_they_are_by_hand(
     torch.testing.assert_close(weights.cpu().double(), expected_weights, rtol=1e-5, atol=1e-7)
     ids = by_hand(logits, top_k, torch.full_like(owners, -1), table, renormalize)[1]
     assert reroute_triton(ids.to(DEVICE), owners.to(DEVICE), table.to(DEVICE)).tolist() == rows.tolist()
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16][: 1 if INTERPRETED else 2])  # it cuts bfloat16 off
+def test_a_router_that_rounds_takes_the_lower_of_close_experts(dtype: torch.dtype) -> None:
+    from signalbox.kernels.reroute import reroute_table, topk_reroute_torch
+    from signalbox.kernels.reroute_triton import topk_reroute_triton
+
+    owners, table = torch.full((40,), -1, dtype=torch.int32, device=DEVICE), reroute_table(64, []).to(DEVICE)
+    logits = close_logits(dtype).to(DEVICE)
+    weights, rows = topk_reroute_triton(logits, 6, owners, table, renormalize=False, rounded=True)
+    expected_weights, expected_rows = topk_reroute_torch(logits, 6, owners, table, renormalize=False, rounded=True)
+    same = (rows == expected_rows).all(dim=1)
+    assert same.sum() >= 38  # exponentials of other last digits may round a probability otherwise
+    torch.testing.assert_close(weights[same], expected_weights[same], rtol=1e-2, atol=0)
 
 
 @here
