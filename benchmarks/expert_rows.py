@@ -40,6 +40,7 @@ from signalbox.kernels.difference_rows import (
 from signalbox.kernels.reroute import BASE, reroute, reroute_table
 
 TOKENS = (1, 8, 32, 128, 256, 2048)
+ALIGNED = (1, 8, 32, 128, 256, 384, 544, 1024, 2048)
 PROMPT = 1024  # from so many tokens on: a few requests, each with its adapter
 RESERVED = 64 + 20 * 13  # rows of the paper's slots
 LAYERS = 4  # of one graph
@@ -384,7 +385,7 @@ def main(
             write_results("expert_rows", "python -m benchmarks.expert_rows", rows, out)
 
     with torch.inference_mode():
-        for tokens in (1, 8) if dry else TOKENS:
+        for tokens in (1, 8) if dry else ALIGNED:
             for count in (shape.experts, RESERVED):
                 run(f"alignment of {tokens} over {count}", partial(align_case, tokens, count, shape, device, draw))
         layer = make_layer(shape, device, dtype, draw)

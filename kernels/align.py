@@ -44,8 +44,8 @@ def align_rows(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None =
     rows: int32, contiguous, of any shape, flattened: each pick's row, or -1 (on another rank; such picks are the last
     group). Without `base_of` each is below `num_rows`. With it, int32 [differences], row num_rows + i is a difference
     to row base_of[i] and grouped with it, row after row, so that few blocks have picks of the same difference;
-    `block_rows` then names row base_of[i]. On GPUs it is one launch, waits for
-    nothing, and the values are not checked. Raises ValueError for another dtype or a strided tensor.
+    `block_rows` then names row base_of[i]. On GPUs it is one launch or two, waits for nothing, and the values are not
+    checked. Raises ValueError for another dtype or a strided tensor.
     """
     if rows.dtype != torch.int32 or not rows.is_contiguous():
         raise ValueError(f"rows must be contiguous int32, not {rows.dtype} with strides {rows.stride()}")
@@ -57,10 +57,11 @@ def align_rows(rows: Tensor, block: int, num_rows: int, base_of: Tensor | None =
 
 
 def align_apart(rows: Tensor, block: int, num_rows: int, base_of: Tensor, apart: int) -> tuple[Alignment, Alignment]:
-    """`align_rows` with `base_of`, and the picks of differences once more by themselves, in blocks of `apart`.
+    """`align_rows` of the rows or their bases, and the differences' picks by themselves too, in blocks of `apart`.
 
-    The second's groups are the differences, its `block_rows` their numbers from 0; other picks are in none of its
-    blocks, so that it has none where all picks are the base's. On GPUs still one launch. Raises as `align_rows` does.
+    In both, picks of a group are in ascending order. The second's groups are the differences, its `block_rows` their
+    numbers from 0; other picks are in none of its blocks, so that it has none where all are the base's. Raises as
+    `align_rows` does.
     """
     if rows.dtype != torch.int32 or not rows.is_contiguous():
         raise ValueError(f"rows must be contiguous int32, not {rows.dtype} with strides {rows.stride()}")
@@ -68,7 +69,8 @@ def align_apart(rows: Tensor, block: int, num_rows: int, base_of: Tensor, apart:
         from signalbox.kernels.align_triton import align_apart_triton
 
         return align_apart_triton(rows, block, num_rows, base_of, apart)
-    together = align_rows_torch(rows, block, num_rows, base_of)
+    based = rows if not len(base_of) else base_of[(rows - num_rows).clamp(min=0).long()]
+    together = align_rows_torch(torch.where(rows < num_rows, rows, based).contiguous(), block, num_rows)
     return together, align_rows_torch(rows, apart, len(base_of), first=num_rows)
 
 

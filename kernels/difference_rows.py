@@ -23,6 +23,7 @@ from signalbox.kernels.align import Alignment, align_apart, align_rows
 # Fractions of the scale that just covers a group's greatest difference; smaller ones clip it for the others' sake.
 SCALES = (8 / 7, 1.0, 0.925, 0.85, 0.775, 0.7)
 LOWEST, HIGHEST = -8, 7
+CROWD = 64  # picks of a row up to which blocks of 128 are mostly padding
 
 
 class Differences(NamedTuple):
@@ -41,6 +42,7 @@ class Apart(NamedTuple):
     """Blocks of a launch of its own for differences: m picks of one of them by n features, so many programs at a time.
 
     programs: of one multiprocessor. They share out the blocks, so that the launch costs little where there are none.
+    From 32 picks on scales multiply the weights and not, of each group, the product.
     """
 
     m: int
@@ -91,7 +93,7 @@ def blocks_of(tokens: int, in_features: int, differences: bool, picks_per_row: f
         blocks = Blocks(32, 64, 128, 4, 3)
     elif picks <= 9:
         blocks = Blocks(32, 128, 64, 4, 3)
-    elif picks <= 48:
+    elif picks <= CROWD:
         blocks = Blocks(64, 128, 64, 4 if picks <= 12 else 8, 3)
     else:
         blocks = Blocks(128, 128, 64, 8, 3, added=differences and picks > 96)

@@ -41,6 +41,29 @@ UNPACK_BF16 = tl.constexpr("""
     lop3.b32 $3, w, 0x000F000F, 0x43004300, 0xEA;
 }
 """)
+# And times the scales of $5 for the first two of a word, of $6 for the others, less what is too much: rounded once.
+UNPACK_SCALED_BF16 = tl.constexpr("""
+{
+    .reg .b32 w, one, less;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 less, 0xC308C308;
+    lop3.b32 w, $4, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 w, w, one, less;
+    mul.rn.bf16x2 $0, w, $5;
+    shr.u32 w, $4, 4;
+    lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 w, w, one, less;
+    mul.rn.bf16x2 $1, w, $5;
+    shr.u32 w, $4, 8;
+    lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 w, w, one, less;
+    mul.rn.bf16x2 $2, w, $6;
+    shr.u32 w, $4, 12;
+    lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 w, w, one, less;
+    mul.rn.bf16x2 $3, w, $6;
+}
+""")
 # Two weights: the nibbles of $1's words that lie $4 bits up, less RAISED, times the scales in $2, added to the weights
 # in $3 and rounded once.
 ADD_BF16 = tl.constexpr("""
@@ -82,6 +105,27 @@ def nibbles(words, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
         b = raised(words, 4).to(dtype)
         c = raised(words, 8).to(dtype)
         d = raised(words, 12).to(dtype)
+    return a, b, c, d
+
+
+@triton.jit
+def scaled_nibbles(words, low, high, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The differences themselves in `dtype`: `nibbles` times the scales [n] of their groups, low and high."""
+    if ASSEMBLY:
+        a, b, c, d = tl.inline_asm_elementwise(
+            UNPACK_SCALED_BF16,
+            "=r,=r,=r,=r,r,r,r",
+            [words, low[:, None], high[:, None]],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low, high = low.to(tl.float32)[:, None], high.to(tl.float32)[:, None]
+        a = ((raised(words, 0) - RAISED) * low).to(dtype)
+        b = ((raised(words, 4) - RAISED) * low).to(dtype)
+        c = ((raised(words, 8) - RAISED) * high).to(dtype)
+        d = ((raised(words, 12) - RAISED) * high).to(dtype)
     return a, b, c, d
 
 
@@ -214,19 +258,15 @@ def woven_product_kernel(
                     words = tl.load(packed_at + g // 2 * (N * (GROUP // 2)))
                     x0, x1 = group_of_picks(x_at + (g * GROUP + j), hit)
                     x2, x3 = group_of_picks(x_at + (g * GROUP + GROUP + j), hit)
-                    low_scale = tl.load(scales_at + g * N).to(tl.float32)
-                    high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-                    w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
-                    w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
+                    low, high = tl.load(scales_at + g * N), tl.load(scales_at + (g + 1) * N)
                     if SCALE_PRODUCT:
+                        w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
+                        w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
                         none = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                        acc += plus_product(none, x0, x1, w0, w1, False) * low_scale[None, :]
-                        acc += plus_product(none, x2, x3, w2, w3, False) * high_scale[None, :]
+                        acc += plus_product(none, x0, x1, w0, w1, False) * low.to(tl.float32)[None, :]
+                        acc += plus_product(none, x2, x3, w2, w3, False) * high.to(tl.float32)[None, :]
                     else:
-                        w0 = (w0.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
-                        w1 = (w1.to(tl.float32) * low_scale[:, None]).to(x.dtype.element_ty)
-                        w2 = (w2.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
-                        w3 = (w3.to(tl.float32) * high_scale[:, None]).to(x.dtype.element_ty)
+                        w0, w1, w2, w3 = scaled_nibbles(words, low, high, x.dtype.element_ty, ASSEMBLY)
                         acc = plus_product(acc, x0, x1, w0, w1, False)
                         acc = plus_product(acc, x2, x3, w2, w3, False)
                 variant = tl.min(tl.where(variants > variant, variants, NONE), axis=0)
@@ -253,6 +293,7 @@ def difference_product_kernel(
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SCALE_PRODUCT: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -281,18 +322,22 @@ def difference_product_kernel(
             words = tl.load(packed_at + g // 2 * (N * (GROUP // 2)))
             x0, x1 = group_of_picks(x_at + (g * GROUP + j), real[:, None])
             x2, x3 = group_of_picks(x_at + (g * GROUP + GROUP + j), real[:, None])
-            low_scale = tl.load(scales_at + g * N).to(tl.float32)
-            high_scale = tl.load(scales_at + (g + 1) * N).to(tl.float32)
-            w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
-            low = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            high = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if x.dtype.element_ty == tl.float32:  # whose digits the way below would cost
-                w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
+            low, high = tl.load(scales_at + g * N), tl.load(scales_at + (g + 1) * N)
+            if SCALE_PRODUCT:
+                w0, w1, w2, w3 = nibbles(words, x.dtype.element_ty, ASSEMBLY)
+                of_low = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                of_high = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                if x.dtype.element_ty == tl.float32:  # whose digits the way below would cost
+                    w0, w1, w2, w3 = w0 - RAISED, w1 - RAISED, w2 - RAISED, w3 - RAISED
+                else:
+                    of_low += too_much(x0, x1)[None, :]
+                    of_high += too_much(x2, x3)[None, :]
+                acc += plus_product(of_low, x0, x1, w0, w1, True) * low.to(tl.float32)[:, None]
+                acc += plus_product(of_high, x2, x3, w2, w3, True) * high.to(tl.float32)[:, None]
             else:
-                low += too_much(x0, x1)[None, :]
-                high += too_much(x2, x3)[None, :]
-            acc += plus_product(low, x0, x1, w0, w1, True) * low_scale[:, None]
-            acc += plus_product(high, x2, x3, w2, w3, True) * high_scale[:, None]
+                w0, w1, w2, w3 = scaled_nibbles(words, low, high, x.dtype.element_ty, ASSEMBLY)
+                acc = plus_product(acc, x0, x1, w0, w1, True)
+                acc = plus_product(acc, x2, x3, w2, w3, True)
         product = tl.trans(acc)
         if WEIGHTED:
             product *= tl.load(topk_weights + pick, mask=real, other=0.0)[:, None]
@@ -326,6 +371,7 @@ def launch_apart(apart: Apart, in_features: int, dtype: torch.dtype) -> dict[str
     """The same of the second kernel."""
     return {
         "GROUP": group_of(in_features),
+        "SCALE_PRODUCT": apart.m <= 16,
         "STAGES": apart.stages,
         "ASSEMBLY": dtype == torch.bfloat16,
         "BLOCK_M": apart.m,

@@ -13,23 +13,28 @@ from torch import Tensor
 from signalbox.kernels.align import Alignment, align_apart, align_rows, capacity
 
 
-def by_hand(rows: list[int], block: int, num_rows: int, base_of: list[int]) -> tuple[list[int], list[int]]:
-    """`sorted_ids` and `block_rows` as far as they count."""
+def by_hand(
+    rows: list[int], block: int, num_rows: int, base_of: list[int], *, by_row: bool = True
+) -> tuple[list[int], list[int]]:
+    """`sorted_ids` and `block_rows` as far as they count; `by_row`: the picks of a group row after row."""
     groups: dict[int, list[int]] = {}
     for pick, row in enumerate(rows):
         group = num_rows if row < 0 else row if row < num_rows else base_of[row - num_rows]
         groups.setdefault(group, []).append(pick)
     sorted_ids, block_rows = [], []
     for group in sorted(groups):
-        picks = sorted(groups[group], key=lambda pick: (rows[pick], pick)) + [len(rows)] * (-len(groups[group]) % block)
+        picks = sorted(groups[group], key=lambda pick: (rows[pick] if by_row else 0, pick))
+        picks += [len(rows)] * (-len(picks) % block)
         sorted_ids += picks
         block_rows += [group if group < num_rows else -1] * (len(picks) // block)
     return sorted_ids, block_rows
 
 
-def check(alignment: Alignment, rows: list[int], block: int, num_rows: int, base_of: list[int]) -> None:
+def check(
+    alignment: Alignment, rows: list[int], block: int, num_rows: int, base_of: list[int], *, by_row: bool = True
+) -> None:
     """What an alignment has to be."""
-    sorted_ids, block_rows = by_hand(rows, block, num_rows, base_of)
+    sorted_ids, block_rows = by_hand(rows, block, num_rows, base_of, by_row=by_row)
     size = capacity(len(rows), block, num_rows)
     assert {part.dtype for part in alignment} == {torch.int32}
     assert [len(part) for part in alignment] == [size, size // block, 1]
@@ -75,7 +80,7 @@ def test_picks_are_grouped_as_by_hand(
     alignment = align_rows(rows, block, num_rows, base_of if differences else None)
     check(alignment, rows.tolist(), block, num_rows, base_of.tolist())
     together, by_themselves = align_apart(rows, block, num_rows, base_of, 16)
-    check(together, rows.tolist(), block, num_rows, base_of.tolist())
+    check(together, rows.tolist(), block, num_rows, base_of.tolist(), by_row=False)
     check_apart(by_themselves, rows.tolist(), 16, num_rows, differences)
 
 

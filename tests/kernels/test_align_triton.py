@@ -27,27 +27,32 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_kernels_compile_for_hopper_without_a_gpu() -> None:
-    from signalbox.kernels.align_triton import (
-        FEW_CHUNK,
-        MANY_CHUNK,
-        OWN,
+    from signalbox.kernels.align_kernels import (
+        align_counted_kernel,
         align_few_apart_kernel,
         align_few_kernel,
         align_many_kernel,
+        count_kernel,
     )
+    from signalbox.kernels.align_triton import FEW_CHUNK, MANY_CHUNK, OWN
 
     names = ("rows", "base_of", "sorted_ids", "block_rows", "padded", "sorted_apart", "block_apart", "padded_apart")
-    pointers = dict.fromkeys(names, "*i32")
+    pointers = dict.fromkeys((*names, "counts", "ranks"), "*i32")
     for groups, block, differences in ((128, 16, True), (512, 64, False), (1024, 128, False)):
         sizes = {"GROUPS": groups, "BLOCK": block, "PAD": block, "DIFFERENCES": differences}
         for kernel, own in ((align_few_kernel, {"OWN": OWN, "CHUNK": FEW_CHUNK}), (align_many_kernel, None)):
-            rest = own or {"CHUNK": MANY_CHUNK, "ABSENT": True}
+            rest = own or {"CHUNK": MANY_CHUNK, "ABSENT": True, "ORDERED": differences}
             _, usage = compile_for_hopper(kernel, pointers, sizes | rest, num_warps=8)
             assert usage["STACK"] == usage["LOCAL"] == 0
     sizes = {"GROUPS": 128, "BLOCK": 64, "PAD": 64, "GROUPS_APART": 512, "BLOCK_APART": 16}
     own = {"OWN": OWN, "CHUNK": FEW_CHUNK}
     _, usage = compile_for_hopper(align_few_apart_kernel, pointers, sizes | own, num_warps=8, maxnreg=128)
     assert usage["STACK"] <= 64 and usage["LOCAL"] == 0
+    for groups, chunk in ((512, 128), (1024, 256)):
+        counted = sizes | {"GROUPS": groups, "DIFFERENCES": groups == 512, "OWN": OWN, "CHUNK": chunk}
+        for kernel in (count_kernel, align_counted_kernel):
+            _, usage = compile_for_hopper(kernel, pointers, counted, num_warps=8)
+            assert usage["STACK"] == usage["LOCAL"] == 0
 
 
 @here
@@ -58,23 +63,27 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     differences=st.integers(0, 5),
     used=st.integers(1, 30),
     block=st.sampled_from([1, 16, 64]),
-    few=st.booleans(),
+    way=st.sampled_from(["few", "counted", "many"]),
     seed=st.integers(0, 2**20),
 )
-@example(48, 324, 0, 200, 16, True, 0)
-@example(1300, 62, 40, 100, 16, True, 1)  # several chunks
-@example(1300, 62, 40, 1, 64, True, 2)
-@example(4200, 40, 9, 45, 16, False, 3)
-@example(4200, 40, 9, 1, 1, False, 4)  # more blocks of one group, and more unused ones, than are written at a time
-@example(4096, 60, 9, 1, 16, True, 5)  # the most that two counts in one integer must hold
+@example(48, 324, 0, 200, 16, "few", 0)
+@example(1300, 62, 40, 100, 16, "few", 1)  # several chunks
+@example(1300, 62, 40, 1, 64, "few", 2)
+@example(4200, 40, 9, 45, 16, "many", 3)
+@example(4200, 40, 9, 1, 1, "many", 4)  # more blocks of one group, and more unused ones, than are written at a time
+@example(4096, 60, 9, 1, 16, "few", 5)  # the most that two counts in one integer must hold
+@example(2100, 330, 9, 400, 64, "counted", 6)
+@example(5000, 62, 130, 190, 16, "counted", 7)
+@example(8192, 20, 9, 1, 128, "counted", 8)
 def test_picks_are_grouped_as_by_hand(
-    picks: int, num_rows: int, differences: int, used: int, block: int, few: bool, seed: int
+    picks: int, num_rows: int, differences: int, used: int, block: int, way: str, seed: int
 ) -> None:
     from signalbox.kernels import align_triton
 
     rows, base_of = random_rows(picks, num_rows, differences, used, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align_triton, "FEW", 4096 if few else 0)
+        patch.setattr(align_triton, "FEW", 0 if way == "many" else 4096)
+        patch.setattr(align_triton, "SHORT", 0 if way == "counted" else 8192)
         alignment = align_triton.align_rows_triton(
             rows.to(DEVICE), block, num_rows, base_of.to(DEVICE) if differences else None
         )
@@ -82,5 +91,5 @@ def test_picks_are_grouped_as_by_hand(
             rows.to(DEVICE), block, num_rows, base_of.to(DEVICE), 16
         )
     check(alignment, rows.tolist(), block, num_rows, base_of.tolist())
-    check(together, rows.tolist(), block, num_rows, base_of.tolist())
+    check(together, rows.tolist(), block, num_rows, base_of.tolist(), by_row=False)
     check_apart(by_themselves, rows.tolist(), 16, num_rows, differences)

@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 APART = Blocks(64, 16, 32, 4, 3, apart=Apart(8, 32, 4, 3, 2))
 ONE_WARP = APART._replace(apart=Apart(8, 64, 1, 3, 4))
+LARGE = APART._replace(apart=Apart(32, 32, 4, 3, 2))
 here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in the interpreter's process")
 
 
@@ -53,7 +54,7 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(tokens: int, differences: 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("apart", [Apart(8, 128, 1, 3, 8), Apart(16, 256, 4, 3, 2), Apart(8, 128, 2, 4, 5)])
+@pytest.mark.parametrize("apart", [Apart(8, 128, 1, 3, 8), Apart(16, 256, 4, 3, 2), Apart(64, 128, 8, 3, 2)])
 def test_differences_apart_compile_for_hopper_without_a_gpu(apart: Apart) -> None:
     from signalbox.kernels.difference_rows_triton import difference_product_kernel, launch_apart
 
@@ -89,7 +90,14 @@ def on_device(aligned: Aligned) -> Aligned:
     features=st.sampled_from([16, 40]),
     inner=st.sampled_from([32, 96, 256]),
     blocks=st.sampled_from(
-        [Blocks(16, 16, 32, 4, 3), Blocks(64, 32, 16, 4, 2), Blocks(16, 32, 32, 4, 3, added=True), APART, ONE_WARP]
+        [
+            Blocks(16, 16, 32, 4, 3),
+            Blocks(64, 32, 16, 4, 2),
+            Blocks(16, 32, 32, 4, 3, added=True),
+            APART,
+            ONE_WARP,
+            LARGE,
+        ]
     ),
     dtype=st.sampled_from(list(TOLERANCE)),
     weighted=st.booleans(),
@@ -102,6 +110,7 @@ def on_device(aligned: Aligned) -> Aligned:
 @example(40, 2, 3, 8, 40, 256, APART, torch.float32, True, 1, 4)
 @example(70, 1, 1, 1, 16, 128, APART, torch.float16, True, None, 5)  # more picks of a difference than its blocks hold
 @example(40, 2, 3, 8, 40, 256, ONE_WARP, torch.float16, True, 1, 6)
+@example(40, 2, 2, 3, 40, 256, LARGE, torch.float16, True, 1, 7)
 @example(9, 2, 2, 0, 16, 48, Blocks(16, 16, 16, 4, 3), torch.float32, True, None, 2)
 def test_products_are_what_they_are_by_hand(
     tokens: int,
