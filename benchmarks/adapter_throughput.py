@@ -45,7 +45,7 @@ def peft_model(path: Path, folder: Path) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.004)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model.eval()
 
 
@@ -95,7 +95,7 @@ def agreement(one: list[list[int]], other: list[list[int]]) -> float:
 
 async def main() -> None:
     path = resolve(MODEL).path
-    settings = {"engine": "transformers", "model": MODEL, "device": "cpu", "dtype": "float32"}
+    settings: dict[str, object] = {"engine": "transformers", "model": MODEL, "device": "cpu", "dtype": "float32"}
     settings |= {"max_adapters": ADAPTERS, "max_adapter_rank": RANK, "max_running": REQUESTS}
     engine = TransformersEngine("smollm2", TransformersExpert.model_validate(settings))
     await engine.start()

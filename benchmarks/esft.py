@@ -245,16 +245,16 @@ def compare_ways(run: Run, name: str, rates: dict[str, float], out: Path) -> lis
     if run.control:
         outcomes["random experts"] = _random(run, name, task, rates["esft"], held, out / f"{name}-esft")
     outcomes["LoRA"] = _lora(run, name, task, rates["lora"])
-    for way, found in outcomes.items():
-        say(f"{name}, {way}: {found}")
+    for label, found in outcomes.items():
+        say(f"{name}, {label}: {found}")
     _keep_answers(run, task, held[:ANSWERS], out, name)
     rows = [
         Row(f"{name}, base", "accuracy", base_accuracy, "", *wilson(round(base_accuracy * len(held)), len(held))),
         Row(f"{name}, base", "right answers", _bits_per_byte(before, task, held), "bits/byte"),
         Row(f"{name}, base", "general text", base_bits, "bits/byte"),
     ]
-    for way, found in outcomes.items():
-        rows += _rows(f"{name}, {way}", found, outcomes, base_bits)
+    for label, found in outcomes.items():
+        rows += _rows(f"{name}, {label}", found, outcomes, base_bits)
     return rows
 
 

@@ -80,8 +80,8 @@ class Connection(asyncio.Protocol):
             result.first = result.first or now
         self._tail = (self._tail + data)[-2048:]
         if b"data: [DONE]" in self._tail and self._tail.endswith(b"0\r\n\r\n"):
-            found = _USAGE.findall(self._tail)
-            result.tokens = int(found[-1]) if found else 0
+            counts = _USAGE.findall(self._tail)
+            result.tokens = int(counts[-1]) if counts else 0
             self._end()
         elif b'"error":' in data:
             result.error = data[-300:].decode(errors="replace")

@@ -152,7 +152,7 @@ def api11(encoder: Encoder) -> list[Row]:
         found = judge(table, prediction, lines, pair=PAIR)
         assert found.aiq is not None and found.apgr is not None
         best = kind == "lexical"
-        low, high = _interval(lambda keep, p=prediction: _aiq(table, p, lines, keep), len(table))  # type: ignore[misc]
+        low, high = _interval(lambda keep, p=prediction: _aiq(table, p, lines, keep), len(table))
         rows.append(
             Row(
                 case,
@@ -166,7 +166,7 @@ def api11(encoder: Encoder) -> list[Row]:
                 met=found.aiq >= 0.735 if best else None,
             )
         )
-        low, high = _interval(lambda keep, p=prediction: _apgr(table, p, PAIR, keep), len(table))  # type: ignore[misc]
+        low, high = _interval(lambda keep, p=prediction: _apgr(table, p, PAIR, keep), len(table))
         rows.append(
             Row(
                 "mmlu_pro gemini-1.5-flash to gpt-4o",
@@ -206,7 +206,7 @@ def routellm(encoder: Encoder) -> list[Row]:
         found = judge(table, prediction, lines, pair=(weak, strong))
         assert found.apgr is not None
         best = kind == "lexical"
-        low, high = _interval(lambda keep, p=prediction: _apgr(table, p, (weak, strong), keep), len(table))  # type: ignore[misc]
+        low, high = _interval(lambda keep, p=prediction: _apgr(table, p, (weak, strong), keep), len(table))
         goal = "at least .66" if best else None
         rows.append(
             Row(case, f"APGR, {kind}", found.apgr, "", low, high, 0.5, goal, found.apgr >= 0.66 if best else None)
@@ -344,7 +344,7 @@ def _fold(table: Table, folds: NDArray[np.intp], fold: int, encoder: Encoder, ki
     predictor = predictor_class(kind).fit(table.rows(folds != fold), encoder)
     fitted = time.perf_counter()
     prompts = [Prompt(p) for p, f in zip(table.prompt, folds, strict=True) if f == fold]
-    found = {}
+    found: dict[str, Any] = {}
     for name, router in parts_of(predictor).items():
         prediction = router.predict(prompts)
         found |= {f"{name}.quality": prediction.quality, f"{name}.uncertainty": prediction.uncertainty}

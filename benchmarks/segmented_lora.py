@@ -232,11 +232,9 @@ def run_case(name: str, rows: int, adapters: int, rank: int, device: str) -> lis
     figures: dict[str, tuple[float, float, float]] = {}
     for system, step in steps.items():
         if system != "base linears alone":
-            error = error_of(linears, owner, step)
+            off = error_of(linears, owner, step)
             worst = WORST_ERROR if cuda else 1e-5
-            rows_found.append(
-                Row(f"{case}: {system}", "relative error", error, goal=f"below {worst:g}", met=error < worst)
-            )
+            rows_found.append(Row(f"{case}: {system}", "relative error", off, goal=f"below {worst:g}", met=off < worst))
         for way, run in ({"": step} | ({"graph": captured(step)} if cuda else {})).items():
             figures[f"{system} {way}".strip()] = tuple(scale * v for v in timed(run, cuda))  # type: ignore[assignment]
     for system, (value, low, high) in figures.items():

@@ -116,7 +116,7 @@ def note_load(run: Run, system: System, factor: float, played: Played) -> None:
     case = f"{factor:g} x capacity, {system}"
     for name, f in found.items():
         gold = system == "signalbox" and name == "gold" and factor == 1.5
-        goal = {"goal": "at least 0.95", "met": f.attainment >= 0.95} if gold else {}
+        goal: dict[str, Any] = {"goal": "at least 0.95", "met": f.attainment >= 0.95} if gold else {}
         run.add(case, f"{name}: attainment", f.attainment, low=f.low, high=f.high, **goal)
         run.add(case, f"{name}: TTFT p50", f.ttft_p50_ms, "ms")
         run.add(case, f"{name}: TTFT p99", f.ttft_p99_ms, "ms")
@@ -247,7 +247,7 @@ def forecast(run: Run) -> None:
         )
         run.forecast[system, factor] = found_here = done.figures(run.tiers)
         for name, f in found_here.items():
-            goal = {}
+            goal: dict[str, Any] = {}
             if system == "signalbox":
                 goal = {"goal": "within 0.05", "met": abs(f.attainment - real[name].attainment) <= MARGIN}
             case, metric = f"{factor:g} x capacity, {system}, simulated", f"{name}: attainment"
@@ -263,9 +263,11 @@ def draw(run: Run) -> None:
     def line(found: Mapping[tuple[System, float], dict[str, Figures]], system: System, name: str, what: str) -> Any:
         return [(f, getattr(found[system, f][name], what)) for f in factors if name in found.get((system, f), {})]
 
-    kept = {tier: {system: line(run.real, system, tier, "attainment") for system in systems} for tier in run.tiers}
+    kept: dict[str, Any] = {
+        tier: {system: line(run.real, system, tier, "attainment") for system in systems} for tier in run.tiers
+    }
     write_plot(RESULTS / f"sla_{run.pool.name}_attainment.svg", f"Promises kept, {run.pool.name} pool", "share", kept)
-    goodput = {system: line(run.real, system, ALL, "goodput") for system in systems}
+    goodput: dict[str, Any] = {system: line(run.real, system, ALL, "goodput") for system in systems}
     goodput["offered"] = [(f, len(load) / run.seconds) for f, load in run.loads.items() if f in factors]
     title = f"Goodput, {run.pool.name} pool"
     dashed = frozenset({"offered"})

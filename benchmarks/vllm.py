@@ -199,7 +199,7 @@ def main(
     if together:  # set, not measured: two that start at once would each count the other's memory as their own
         arguments["kv_cache_memory_bytes"] = int(together * 2**30)
         expert["engine_args"] = {"kv_cache_memory_bytes": int(together * 2**30)}
-    said = {"prompt": prompt, "tokens": tokens, "dry": dry}
+    said: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "dry": dry}
     found: dict[str, dict[int, list[Any]]] = {}
 
     def keep(system: str, began: float) -> None:

@@ -68,7 +68,7 @@ def bodies(topics: Sequence[str], count: int, tokens: int, seed: int) -> list[tu
 
 def cores(service: int) -> dict[str, psutil.Process]:
     """Each expert's engine core, by the title of the Serve replica above it."""
-    found = {}
+    found: dict[str, psutil.Process] = {}
     for process in psutil.Process(service).children(recursive=True):
         try:
             parent = process.parent()
