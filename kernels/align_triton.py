@@ -1,9 +1,9 @@
 """`align_rows` by Triton kernels. Imported only where they run.
 
-Of few picks (a decode step) each program owns some, and compares them with all to find how
-many come before in the same group. Of more it compares them with those of their chunk, and a launch before has counted
-the groups of each chunk. Of many (a long prompt) each program owns a group and puts all of its picks in place. How much
-room the groups before take, it counts.
+Of few picks (a decode step) each program owns some, and compares them with all to find how many come before in the same
+group. Of more it compares them with those of their chunk, and a launch before has counted the groups of each chunk. Of
+many (a long prompt) each program owns a group and puts all of its picks in place. How much room the groups before take,
+it counts.
 """
 
 from __future__ import annotations
