@@ -117,18 +117,14 @@ def align_counted(
     picks = rows.numel()
     chunk = max(128, triton.next_power_of_2(triton.cdiv(picks, COUNTED.value)))
     chunks = triton.cdiv(picks, chunk)
-    of_rows: dict[str, Any] = {
-        "DIFFERENCES": base_of is not None,
-        "GROUPS": triton.next_power_of_2(num_rows + 2),
-        "CHUNK": chunk,
-    }
-    of_rows["GROUPS_APART"] = triton.next_power_of_2(differences + 2)
-    sides = 1 if by_themselves is None else 2
+    groups, groups_apart = (triton.next_power_of_2(count + 2) for count in (num_rows, differences))
+    of_rows: dict[str, Any] = {"DIFFERENCES": base_of is not None, "CHUNK": chunk}
+    of_rows |= {"GROUPS": groups, "GROUPS_APART": groups_apart}
     second = together if by_themselves is None else by_themselves
-    counts = torch.empty(
-        chunks * (of_rows["GROUPS"] + of_rows["GROUPS_APART"]) + sides * picks, dtype=torch.int32, device=rows.device
-    )
-    ranks = counts[len(counts) - sides * picks :]
+    sides = 1 if by_themselves is None else 2
+    behind = -(-sides * picks // 4) * 4  # each begins where 16 bytes do, or kernels are compiled for either case
+    memory = torch.empty(behind + chunks * (groups + groups_apart), dtype=torch.int32, device=rows.device)
+    ranks, counts = memory[:behind], memory[behind:]
     given = (rows, rows if base_of is None else base_of, counts, ranks)
     count_kernel[(chunks, sides)](*given, picks, num_rows, differences, **of_rows, num_warps=8)
     align_counted_kernel[(triton.cdiv(picks, OWN), sides)](
