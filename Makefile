@@ -53,8 +53,9 @@ $(VLLM_BIN)/.installed: pyproject.toml requirements/models.txt requirements/vllm
 test-vllm: $(VLLM_BIN)/.installed
 	$(VLLM_BIN)/python -m pytest tests/experts/test_engine_contract.py tests/experts/test_vllm_engine.py \
 	  tests/experts/test_vllm_adapters.py tests/experts/test_expertweave.py \
-	  tests/experts/test_expertweave_rows.py tests/experts/test_expertweave_faults.py tests/experts/test_woven_experts.py \
-	  tests/serving/test_vllm_service.py tests/serving/test_esft_registry.py tests/serving/test_esft_service.py
+	  tests/experts/test_expertweave_rows.py tests/experts/test_expertweave_faults.py \
+	  tests/experts/test_woven_experts.py tests/serving/test_vllm_service.py \
+	  tests/serving/test_esft_registry.py tests/serving/test_esft_service.py
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def main(
             plan.uses, plan.parts = ("uniform",), ("exactness",)
         if parts:
             plan.parts = tuple(parts.split(","))
-            plan.alphas = plan.alphas if "decode" in parts else plan.alphas[:1]
+            plan.alphas = plan.alphas if "decode" in plan.parts else plan.alphas[:1]
         if quick:
             plan.rounds, plan.steps, plan.batches, plan.counts = 1, 20, (1, 32, 256), (20,)
             plan.alphas, plan.rates, plan.poisson_s = (1.0,), (3,), 6.0

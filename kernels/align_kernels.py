@@ -124,47 +124,8 @@ def place_own(
     )
 
 
-@triton.jit(do_not_specialize=["picks", "blocks", "num_rows"])
-def align_few_kernel(
-    rows,
-    base_of,
-    sorted_ids,
-    block_rows,
-    padded,
-    picks,
-    blocks,
-    num_rows,
-    DIFFERENCES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAD: tl.constexpr,
-    OWN: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One alignment of few picks."""
-    place_own(
-        rows,
-        base_of,
-        sorted_ids,
-        block_rows,
-        padded,
-        picks,
-        blocks,
-        0,
-        num_rows,
-        DIFFERENCES,
-        DIFFERENCES,
-        True,
-        GROUPS,
-        BLOCK,
-        PAD,
-        OWN,
-        CHUNK,
-    )
-
-
 @triton.jit(do_not_specialize=["picks", "blocks", "num_rows", "blocks_apart", "differences"])
-def align_few_apart_kernel(
+def align_few_kernel(
     rows,
     base_of,
     sorted_ids,
@@ -178,6 +139,9 @@ def align_few_apart_kernel(
     num_rows,
     blocks_apart,
     differences,
+    DIFFERENCES: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SIDES: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
@@ -186,8 +150,8 @@ def align_few_apart_kernel(
     OWN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Both alignments of few picks, by programs of their own."""
-    if tl.program_id(1) == 0:
+    """One alignment of few picks, or also the one of differences alone: SIDES, each with programs of its own."""
+    if SIDES == 1 or tl.program_id(1) == 0:
         place_own(
             rows,
             base_of,
@@ -198,8 +162,8 @@ def align_few_apart_kernel(
             blocks,
             0,
             num_rows,
-            True,
-            False,
+            DIFFERENCES,
+            ORDERED,
             True,
             GROUPS,
             BLOCK,
@@ -262,12 +226,13 @@ def count_kernel(
     num_rows,
     differences,
     DIFFERENCES: tl.constexpr,
+    SIDES: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_APART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`count_chunk` of each chunk for one alignment, and for the one of differences alone behind it in memory."""
-    if tl.program_id(1) == 0:
+    """`count_chunk` of each chunk for SIDES alignments, the one of differences alone behind the other in memory."""
+    if SIDES == 1 or tl.program_id(1) == 0:
         count_chunk(rows, base_of, counts, ranks, picks, 0, num_rows, DIFFERENCES, True, GROUPS, CHUNK)
     else:
         apart = counts + tl.num_programs(0) * GROUPS
@@ -346,6 +311,7 @@ def align_counted_kernel(
     blocks_apart,
     differences,
     DIFFERENCES: tl.constexpr,
+    SIDES: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
@@ -354,8 +320,8 @@ def align_counted_kernel(
     OWN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One alignment of picks that `count_kernel` has counted, or both."""
-    if tl.program_id(1) == 0:
+    """SIDES alignments of picks that `count_kernel` has counted."""
+    if SIDES == 1 or tl.program_id(1) == 0:
         place_counted(
             rows,
             base_of,

@@ -18,17 +18,16 @@ from signalbox.kernels.align import Alignment, capacity
 from signalbox.kernels.align_kernels import (
     COUNTED,
     align_counted_kernel,
-    align_few_apart_kernel,
     align_few_kernel,
     align_many_kernel,
     count_kernel,
 )
 
 FEW = 4096  # picks that can be compared with all; two counts up to here fit into an int32
-SHORT = 2048  # beyond so many, counting them before is faster
-MIDDLE = 8192  # picks that can be counted before
+SHORT = 2048  # beyond so many they are counted before, which should be the faster way (not measured yet)
 OWN = 16
 FEW_CHUNK = 512  # picks looked at at a time
+COUNTED_CHUNK = FEW // COUNTED.value
 COUNTED_GROUPS = 1024  # the most, as a program keeps the counts of all chunks
 MANY_CHUNK = 2048
 
@@ -37,30 +36,15 @@ def align_rows_triton(rows: Tensor, block: int, num_rows: int, base_of: Tensor |
     """`align_rows` on a GPU, one launch or two."""
     picks = rows.numel()
     alignment = room_for(picks, block, num_rows, rows.device)
+    by_row = base_of is not None  # which nothing can be counted for ahead
     if not picks:
         return alignment
-    groups = triton.next_power_of_2(num_rows + 2)
-    counted = base_of is None and groups <= COUNTED_GROUPS  # not one row after the other
-    if picks > SHORT and picks <= MIDDLE and counted:
+    if not by_row and countable(picks, num_rows):
         align_counted(rows, None, alignment, None, block, num_rows, 0, 0)
     elif picks <= FEW:
-        align_few_kernel[(triton.cdiv(picks, OWN),)](
-            rows,
-            rows if base_of is None else base_of,
-            *alignment,
-            picks,
-            len(alignment.block_rows),
-            num_rows,
-            DIFFERENCES=base_of is not None,
-            GROUPS=groups,
-            BLOCK=block,
-            PAD=triton.next_power_of_2(block),
-            OWN=OWN,
-            CHUNK=FEW_CHUNK,
-            num_warps=8,
-        )
+        align_few(rows, base_of, alignment, None, block, num_rows, 0, 0, ordered=by_row)
     else:
-        align_many(rows, base_of, alignment, block, 0, num_rows, ordered=base_of is not None)
+        align_many(rows, base_of, alignment, block, 0, num_rows, ordered=by_row)
     return alignment
 
 
@@ -71,36 +55,76 @@ def align_apart_triton(
     picks, differences = rows.numel(), len(base_of)
     together = room_for(picks, block, num_rows, rows.device)
     by_themselves = room_for(picks, apart, differences, rows.device)
-    groups = triton.next_power_of_2(max(num_rows, differences) + 2)
     if not picks:
         return together, by_themselves
-    if picks > SHORT and picks <= MIDDLE and groups <= COUNTED_GROUPS:
+    if countable(picks, max(num_rows, differences)):
         align_counted(rows, base_of, together, by_themselves, block, num_rows, apart, differences)
     elif picks <= FEW:
-        align_few_apart_kernel[(triton.cdiv(picks, OWN), 2)](
-            rows,
-            base_of,
-            *together,
-            *by_themselves,
-            picks,
-            len(together.block_rows),
-            num_rows,
-            len(by_themselves.block_rows),
-            differences,
-            GROUPS=triton.next_power_of_2(num_rows + 2),
-            BLOCK=block,
-            PAD=triton.next_power_of_2(block),
-            GROUPS_APART=triton.next_power_of_2(differences + 2),
-            BLOCK_APART=apart,
-            OWN=OWN,
-            CHUNK=FEW_CHUNK,
-            num_warps=8,
-            maxnreg=128,  # two programs to a multiprocessor, so that those of both alignments run at a time
-        )
+        align_few(rows, base_of, together, by_themselves, block, num_rows, apart, differences)
     else:
         align_many(rows, base_of, together, block, 0, num_rows)
         align_many(rows, None, by_themselves, apart, num_rows, differences)
     return together, by_themselves
+
+
+def groups_of(num_rows: int) -> int:
+    """Places for counts of so many rows, of absent ones, and of none: a power of two."""
+    return triton.next_power_of_2(num_rows + 2)
+
+
+def countable(picks: int, num_rows: int) -> bool:
+    """Whether picks are worth counting before they are put in place, and can be."""
+    return SHORT < picks <= FEW and groups_of(num_rows) <= COUNTED_GROUPS
+
+
+def constants(
+    base_of: Tensor | None, by_themselves: Alignment | None, num_rows: int, differences: int
+) -> dict[str, Any]:
+    """What kernels for one alignment, or also for differences alone, are compiled by beside their blocks."""
+    return {
+        "DIFFERENCES": base_of is not None,
+        "SIDES": 1 if by_themselves is None else 2,
+        "GROUPS": groups_of(num_rows),
+        "GROUPS_APART": groups_of(differences),
+        "num_warps": 8,
+    }
+
+
+def align_few(
+    rows: Tensor,
+    base_of: Tensor | None,
+    together: Alignment,
+    by_themselves: Alignment | None,
+    block: int,
+    num_rows: int,
+    apart: int,
+    differences: int,
+    *,
+    ordered: bool = False,
+) -> None:
+    """Fills in one alignment or two of up to FEW picks, by one launch."""
+    picks, second = rows.numel(), by_themselves or together
+    compiled = constants(base_of, by_themselves, num_rows, differences)
+    align_few_kernel[(triton.cdiv(picks, OWN), compiled["SIDES"])](
+        rows,
+        rows if base_of is None else base_of,
+        *together,
+        *second,
+        picks,
+        len(together.block_rows),
+        num_rows,
+        len(second.block_rows),
+        differences,
+        **compiled,
+        ORDERED=ordered,
+        BLOCK=block,
+        PAD=triton.next_power_of_2(block),
+        BLOCK_APART=max(1, apart),
+        OWN=OWN,
+        CHUNK=FEW_CHUNK,
+        # Two programs to a multiprocessor, so that those of both alignments run at a time.
+        maxnreg=None if by_themselves is None else 128,
+    )
 
 
 def align_counted(
@@ -113,20 +137,16 @@ def align_counted(
     apart: int,
     differences: int,
 ) -> None:
-    """Fills in one alignment or two of more than a few picks, by two launches."""
-    picks = rows.numel()
-    chunk = max(128, triton.next_power_of_2(triton.cdiv(picks, COUNTED.value)))
-    chunks = triton.cdiv(picks, chunk)
-    groups, groups_apart = (triton.next_power_of_2(count + 2) for count in (num_rows, differences))
-    of_rows: dict[str, Any] = {"DIFFERENCES": base_of is not None, "CHUNK": chunk}
-    of_rows |= {"GROUPS": groups, "GROUPS_APART": groups_apart}
-    second = together if by_themselves is None else by_themselves
-    sides = 1 if by_themselves is None else 2
+    """Fills in one alignment or two of up to FEW picks, by two launches."""
+    picks, second = rows.numel(), by_themselves or together
+    chunks = triton.cdiv(picks, COUNTED_CHUNK)
+    compiled = constants(base_of, by_themselves, num_rows, differences) | {"CHUNK": COUNTED_CHUNK}
+    sides, counted = compiled["SIDES"], chunks * (compiled["GROUPS"] + compiled["GROUPS_APART"])
     behind = -(-sides * picks // 4) * 4  # each begins where 16 bytes do, or kernels are compiled for either case
-    memory = torch.empty(behind + chunks * (groups + groups_apart), dtype=torch.int32, device=rows.device)
+    memory = torch.empty(behind + counted, dtype=torch.int32, device=rows.device)
     ranks, counts = memory[:behind], memory[behind:]
     given = (rows, rows if base_of is None else base_of, counts, ranks)
-    count_kernel[(chunks, sides)](*given, picks, num_rows, differences, **of_rows, num_warps=8)
+    count_kernel[(chunks, sides)](*given, picks, num_rows, differences, **compiled)
     align_counted_kernel[(triton.cdiv(picks, OWN), sides)](
         *given,
         *together,
@@ -137,12 +157,11 @@ def align_counted(
         num_rows,
         len(second.block_rows),
         differences,
-        **of_rows,
+        **compiled,
         BLOCK=block,
         PAD=triton.next_power_of_2(block),
         BLOCK_APART=max(1, apart),
         OWN=OWN,
-        num_warps=8,
     )
 
 
@@ -168,7 +187,7 @@ def align_many(
         DIFFERENCES=base_of is not None,
         ORDERED=ordered,
         ABSENT=not first,
-        GROUPS=triton.next_power_of_2(num_rows + 2),
+        GROUPS=groups_of(num_rows),
         BLOCK=block,
         PAD=triton.next_power_of_2(block),
         CHUNK=MANY_CHUNK,
